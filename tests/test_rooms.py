@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "torch_engram"
 ROOMS = (
     "config",
     "window",
+    "durable",
     "data",
     "addressing",
     "stores",

@@ -19,6 +19,7 @@ from tokenizers import Regex, normalizers
 from torch import Tensor
 
 from torch_engram.data.tokenizers import load_tokenizer, tokenizer_digest
+from torch_engram.durable import replacing
 
 _SPACE_ONLY = "\ue000"  # a private-use character that holds a lone space's place while Strip runs
 
@@ -94,14 +95,9 @@ class CanonicalVocab:
 
     def save(self, path: Path) -> None:
         """Write the map and the tokenizer's digest to one safetensors file, atomically."""
-        beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         digests = json.dumps([self.digest, self.tokenizer_digest])  # one entry: several come in no fixed order
-        data = save({"canonical_ids": self.ids}, metadata={"digests": digests})
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        with replacing(path) as file:
+            file.write(save({"canonical_ids": self.ids}, metadata={"digests": digests}))
 
     @classmethod
     def load(cls, path: Path) -> CanonicalVocab:

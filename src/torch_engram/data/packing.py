@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -24,6 +23,7 @@ from tokenizers import Tokenizer
 from torch_engram.data.corpora import Corpus, Document, Split, split_of
 from torch_engram.data.token_files import META, TokenFiles, open_token_files
 from torch_engram.data.tokenizers import end_token_id, tokenizer_digest
+from torch_engram.durable import sync, write_json
 
 _FORMAT = 1
 _BATCH_CHARACTERS = 4 << 20
@@ -69,7 +69,7 @@ def _write_folder(folder: Path, corpus: Corpus, tokenizer: Tokenizer, identity: 
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
         meta = _write_tokens(partial, corpus, tokenizer, identity)
-        (partial / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        write_json(partial / META, meta)
         for path in (*partial.iterdir(), partial):
             sync(path)
         try:
@@ -145,12 +145,3 @@ def _remove_stale(cache: Path) -> None:
         written = [path.stat().st_mtime for path in (partial, *partial.glob("*")) if path.exists()]
         if written and max(written) < time.time() - _STALE_SECONDS:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,8 +15,8 @@ from torch_engram.analysis.report import DemoReport, RunReport, render
 from torch_engram.analysis.usage import ngram_sharing, table_usage
 from torch_engram.data import PackedBatches
 from torch_engram.data.tokenizers import end_token_id
+from torch_engram.durable import write_json
 from torch_engram.generate import generate
-from torch_engram.stores import write_json
 from torch_engram.studies.demo import LABELS, PROMPTS, SENTENCES, DemoRun
 from torch_engram.train.metrics import read_metrics
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +17,7 @@ from torch_engram.addressing import CanonicalVocab
 from torch_engram.config import EngramConfig
 from torch_engram.data import TokenFiles, load_tokenizer, open_corpus, tokenize_corpus, train_bpe
 from torch_engram.data.corpora import Corpus
+from torch_engram.durable import replacing
 from torch_engram.memory import MemoryBank
 from torch_engram.models import Decoder, DecoderConfig
 from torch_engram.optim import ROW_OPTIMIZERS
@@ -68,9 +68,9 @@ def _tokenizer(recipe: Recipe, corpus: Corpus) -> Tokenizer:
     path = Path(recipe.cache) / f"bpe-{size}-{name}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        beside.write_text(train_bpe(corpus, size).to_str(), encoding="utf-8")
-        os.replace(beside, path)
+        trained = train_bpe(corpus, size)
+        with replacing(path) as file:
+            file.write(trained.to_str().encode())
     return load_tokenizer(path)
 
 

@@ -26,10 +26,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from torch_engram.data import load_tokenizer, tokenizer_digest
-from torch_engram.data.packing import sync
+from torch_engram.durable import file_digest, sync, write_json
 from torch_engram.memory import MemoryBank, load_bank, open_bank, save_bank
 from torch_engram.models import Decoder, DecoderConfig
-from torch_engram.stores import file_digest, write_json
 
 _FACTS = "checkpoint.json"
 _PREFIX = "step-"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch_engram.durable import replacing
 from torch_engram.train.recipe import Recipe
 
 METRICS_FILE = "metrics.jsonl"
@@ -36,9 +36,8 @@ class Metrics:
         self._trackers: list[Tracker] = [] if recipe.tracker == "none" else [_TRACKERS[recipe.tracker](recipe, folder)]
         self.path = folder / METRICS_FILE
         kept = [line for line in read_metrics(folder) if line["step"] <= step] if step else []
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(beside, self.path)
+        with replacing(self.path) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = open(self.path, "a")  # noqa: SIM115 - closed by close()
 
     def log(self, step: int, **values: float) -> None:
