@@ -122,6 +122,12 @@ class LateStore:
     def flush(self) -> None:
         self._carry_out(0)
 
+    def changed(self, space: int) -> Tensor:
+        return self.table.changed(space)
+
+    def forget_changes(self) -> None:
+        self.table.forget_changes()
+
     def _carry_out(self, left: int) -> None:
         while len(self.waiting) > left:
             self.table.scatter(*self.waiting.popleft())

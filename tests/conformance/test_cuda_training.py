@@ -35,7 +35,8 @@ def recipe(corpus: Path, name: str, *settings: str) -> Recipe:
 
 def table_bytes(bank: MemoryBank) -> list[torch.Tensor]:
     bank.flush()
-    return [bank.source(table).store.table.space(table.space).cpu() for table in bank.tables]
+    stores = [(table.space, bank.source(table).store.table) for table in bank.tables]
+    return [records.records[records.span(space)].cpu() for space, records in stores]
 
 
 def trained(corpus: Path, name: str, *settings: str) -> Trainer:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,18 +86,19 @@ def edit(path: Path, change: Any) -> None:
     ("no layouts", r"memory\.json holds no layouts that can be read"),
     ("a layer less", r"memory\.json has no layout for each layer"),
     ("config", r"EngramConfig has no field 'head'"),
-    ("vocabulary", r"canonical\.safetensors is damaged or no canonical vocabulary"),
-    ("another vocabulary", r"canonical\.safetensors is not the vocabulary of this memory"),
-    ("no vocabulary", r"canonical\.safetensors cannot be read"),
-    ("truncated", r"table-01/rows-0+-\d+\.safetensors is truncated or damaged"),
-    ("flipped", r"table-01/rows-0+-\d+\.safetensors is truncated or damaged"),
-    ("no manifest", r"table-01 is not a saved table"),
+    ("vocabulary", r"canonical-\w+\.safetensors is damaged or no canonical vocabulary"),
+    ("another vocabulary", r"canonical-\w+\.safetensors is not the vocabulary of this memory"),
+    ("no vocabulary", r"canonical-\w+\.safetensors cannot be read"),
+    ("truncated", r"table-01/rows-0+-\d+-\w+\.safetensors is truncated or damaged"),
+    ("flipped", r"table-01/rows-0+-\d+-\w+\.safetensors is truncated or damaged"),
+    ("a table less", r"memory\.json does not name the parts of its tables"),
+    ("no parts", r"memory\.json does not name the parts of its tables"),
 ])  # fmt: skip
 def test_damage_is_named_in_one_sentence(
     trained: MemoryBank, make_vocab: Any, tmp_path: Path, damage: str, sentence: str
 ) -> None:
     save_bank(trained, tmp_path)
-    facts, canonical = tmp_path / "memory.json", tmp_path / "canonical.safetensors"
+    facts, [canonical] = tmp_path / "memory.json", tmp_path.glob("canonical-*")
     (part,) = (tmp_path / "table-01").glob("rows-*")
     match damage:
         case "no facts":
@@ -123,8 +125,10 @@ def test_damage_is_named_in_one_sentence(
             part.write_bytes(part.read_bytes()[:-1])
         case "flipped":
             part.write_bytes(part.read_bytes()[:-1] + b"\x55")
-        case "no manifest":
-            (tmp_path / "table-01" / "manifest.json").unlink()
+        case "a table less":
+            edit(facts, lambda f: f["tables"].pop())
+        case "no parts":
+            edit(facts, lambda f: f["tables"][1]["parts"].pop())
     with pytest.raises(ValueError, match=sentence) as caught:
         open_bank(tmp_path, optimizer=RowAdam)
     assert "\n" not in str(caught.value)
@@ -223,25 +227,137 @@ def test_a_killed_save_leaves_the_earlier_folder_whole_and_no_half_that_loads(sa
     open_bank(saved, optimizer=RowAdam)
 
 
-def test_a_save_over_an_earlier_one_never_leaves_a_mixture_that_loads(
-    saved: Path, monkeypatch: pytest.MonkeyPatch
+# -- saves over an earlier one ---------------------------------------------------------------------------------------
+
+
+def parts_of(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.glob("table-*/*")}
+
+
+def test_a_save_over_its_own_folder_adds_the_changed_rows(
+    make_bank: Make, train: Run, every_record: Records, tmp_path: Path
 ) -> None:
-    bank = open_bank(saved, optimizer=RowAdam)
-    from torch_engram.memory import checkpoint
+    bank = make_bank({"rows_per_head": 3000}, optimizer=RowAdam)
+    save_bank(bank, tmp_path)
+    whole, rest = parts_of(tmp_path), files(tmp_path)
+    save_bank(bank, tmp_path)  # nothing has changed
+    assert files(tmp_path) == rest
+    for times in range(1, 4):
+        train(bank, [[Tokens(torch.randint(60, (1, 4)))]])
+        save_bank(bank, tmp_path)
+        added = sorted(parts_of(tmp_path) - whole)
+        assert len(added) == times * len(bank.tables) and whole < parts_of(tmp_path)
+        assert all((tmp_path / name).stat().st_size < 20_000 for name in added)
+        reopened = open_bank(tmp_path, optimizer=RowAdam)
+        assert all(torch.equal(a, b) for a, b in zip(every_record(reopened), every_record(bank), strict=True))
+        bank = reopened if times == 2 else bank  # a bank that was loaded goes on where the saved one was
+    save_bank(bank, tmp_path / "elsewhere")
+    assert len(parts_of(tmp_path / "elsewhere")) == len(bank.tables)
 
-    real, calls = checkpoint.save_table, []
 
-    def stop_at_the_second(*args: Any) -> None:
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        real(*args)
+@pytest.mark.parametrize("between", ["another bank", "another process", "removed"])
+def test_a_folder_that_is_not_as_the_bank_left_it_is_written_anew(
+    make_bank: Make, train: Run, every_record: Records, tmp_path: Path, between: str
+) -> None:
+    bank, other = (make_bank({"rows_per_head": 3000}, optimizer=RowAdam, seed=seed) for seed in (0, 1))
+    save_bank(bank, tmp_path)
+    match between:
+        case "another bank":
+            save_bank(other, tmp_path)
+        case "another process":
+            third = open_bank(tmp_path, optimizer=RowAdam)
+            train(third, [[Tokens(torch.randint(60, (1, 4)))]])
+            save_bank(third, tmp_path)
+        case "removed":
+            (tmp_path / "memory.json").unlink()
+    train(bank, [[Tokens(torch.randint(60, (1, 4)))]])
+    save_bank(bank, tmp_path)
+    reopened = open_bank(tmp_path, optimizer=RowAdam)
+    assert all(torch.equal(a, b) for a, b in zip(every_record(reopened), every_record(bank), strict=True))
+    assert len(parts_of(tmp_path)) == len(bank.tables)  # and what the others left is gone
 
-    monkeypatch.setattr(checkpoint, "save_table", stop_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        save_bank(bank, saved)
-    with pytest.raises(ValueError, match="is not a saved memory"):
-        open_bank(saved)
+
+def die_at(patch: pytest.MonkeyPatch, call: int) -> Callable[[], bool]:
+    """From the given call on, nothing that changes the disk gets through any more; returns whether it came to that."""
+    made = [0]
+
+    def dying(real: Callable[..., Any]) -> Callable[..., Any]:
+        def change(*arguments: Any, **options: Any) -> Any:
+            made[0] += 1
+            if made[0] > call:
+                raise KeyboardInterrupt
+            return real(*arguments, **options)
+
+        return change
+
+    for name in ("pwrite", "fsync", "replace", "unlink", "mkdir"):
+        patch.setattr(os, name, dying(getattr(os, name)))
+    return lambda: made[0] > call
+
+
+@pytest.mark.parametrize("tokens", [1, 50], ids=["adds", "writes anew"])
+def test_every_moment_of_a_save_leaves_the_earlier_memory_or_the_new_one(
+    make_bank: Make, train: Run, every_record: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    seen, died, call = set(), True, 0
+    while died:
+        folder = tmp_path / str(call)
+        bank = make_bank(optimizer=RowAdam)
+        save_bank(bank, folder)
+        before = every_record(bank)
+        train(bank, [[Tokens(torch.randint(60, (1, tokens)))]])
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            came_to_that = die_at(patch, call)
+            save_bank(bank, folder)
+        found = every_record(open_bank(folder, optimizer=RowAdam))
+        is_new = all(torch.equal(a, b) for a, b in zip(found, every_record(bank), strict=True))
+        assert is_new or all(torch.equal(a, b) for a, b in zip(found, before, strict=True))
+        seen.add(is_new)
+        save_bank(bank, folder)  # the next save goes on from either, and takes away what the dead one left
+        tables = json.loads((folder / "memory.json").read_text())["tables"]
+        assert len(parts_of(folder)) == sum(len(table["parts"]) for table in tables)
+        assert len(list(folder.iterdir())) == len(tables) + 2  # memory.json and the vocabulary beside the tables
+        found = every_record(open_bank(folder, optimizer=RowAdam))
+        assert all(torch.equal(a, b) for a, b in zip(found, every_record(bank), strict=True))
+        died, call = came_to_that(), call + 1
+    assert seen == {False, True} and call > 20
+
+
+SAVED_OVER = """
+import os, random, signal, sys, time, torch
+from pathlib import Path
+from torch_engram.memory import open_bank, save_bank
+from torch_engram.optim import RowAdam
+torch.set_num_threads(1)
+folder, tokens = Path(sys.argv[1]), torch.arange(40).view(1, -1)
+def counts(bank):
+    step = bank.prefetch(tokens)
+    step.touched
+    return torch.cat([rows.planes["count"] for layer in step._rows.values() for rows in layer])
+begun = counts(open_bank(folder, optimizer=RowAdam))
+for attempt in range(12):
+    child = os.fork()
+    if child == 0:
+        bank = open_bank(folder, optimizer=RowAdam)
+        while True:
+            step = bank.prefetch(tokens)
+            sum(step[0].wait(layer)["engram"].sum() for layer in bank.config.layers).backward()
+            step.reduce()
+            step.apply()
+            save_bank(bank, folder)
+    time.sleep(random.Random(attempt).uniform(0.05, 0.3))
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    print(*set((counts(open_bank(folder, optimizer=RowAdam)) - begun).flatten().tolist()))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks and kills")
+def test_a_save_that_is_killed_over_an_earlier_one_leaves_a_whole_memory(saved: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", SAVED_OVER, str(saved)], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    saves = [int(line) for line in done.stdout.splitlines()]  # one number a line: all rows are of one save
+    assert len(saves) == 12 and saves == sorted(saves) and saves[-1] > 0
 
 
 FULL_DISK = """

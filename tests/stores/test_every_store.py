@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -68,6 +69,24 @@ def test_a_fetch_sees_every_acknowledged_write(store_of: StoreOf, key_device: to
         assert bool((newest[:, 0] == newest[0, 0]).all()) or seen < number
     store.flush()
     assert store.acknowledged == 100
+
+
+@reuse
+@given(WRITES, WRITES)
+def test_knows_the_rows_that_changed_since_they_were_saved(
+    store_of: StoreOf, key_device: torch.device, before: list[Any], after: list[Any]
+) -> None:
+    store = store_of(LAYOUT, SPACES)
+    for writes in (before, after):
+        for space, rows, byte in writes:
+            keys = make_keys(space, torch.tensor(sorted(rows))).to(key_device)
+            store.write(keys, torch.full((len(rows), LAYOUT.nbytes), byte, dtype=torch.uint8, device=key_device))
+        store.flush()
+        for space in SPACES:
+            expected = sorted(set().union(*(rows for written, rows, _ in writes if written == space)))
+            assert store.changed(space).tolist() == expected
+        store.forget_changes()
+    assert not any(len(store.changed(space)) for space in SPACES)
 
 
 def test_a_failed_write_is_told_at_the_barrier_at_the_latest(store_of: StoreOf, key_device: torch.device) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from itertools import groupby
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,8 @@ class MemoryBank:
         self._proxies = [nn.Parameter(torch.empty(0, table.dim, device=self.device)) for table in self.tables]
         self.optimizer = optimizer(self._proxies) if optimizer is not None else None
         self._sources = self._make_sources(placement)
+        self.saved: tuple[Path, str] | None = None
+        """The folder, and the digest of its contents, that the stores count their rows' changes from."""
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-prefetch")
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 

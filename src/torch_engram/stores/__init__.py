@@ -3,7 +3,8 @@
 from torch_engram.stores.codecs import CODECS, Codec, Component
 from torch_engram.stores.device import DeviceStore
 from torch_engram.stores.host import HostStore
-from torch_engram.stores.parts import check_table, file_digest, load_table, read_manifest, save_table, write_json
+from torch_engram.stores.manifest import Manifest
+from torch_engram.stores.parts import check_table, load_table, remove_parts, save_table, update_table
 from torch_engram.stores.protocol import Store, WritableStore
 from torch_engram.stores.records import Plane, RecordLayout, RowFormat, make_keys
 
@@ -13,16 +14,16 @@ __all__ = [
     "Component",
     "DeviceStore",
     "HostStore",
+    "Manifest",
     "Plane",
     "RecordLayout",
     "RowFormat",
     "Store",
     "WritableStore",
     "check_table",
-    "file_digest",
     "load_table",
     "make_keys",
-    "read_manifest",
+    "remove_parts",
     "save_table",
-    "write_json",
+    "update_table",
 ]

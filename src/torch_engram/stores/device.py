@@ -45,3 +45,11 @@ class DeviceStore:
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""
         if self._written is not None:
             self._written.synchronize()
+
+    def changed(self, space: int) -> Tensor:
+        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
+        return self.table.changed(space)
+
+    def forget_changes(self) -> None:
+        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
+        self.table.forget_changes()

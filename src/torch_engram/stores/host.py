@@ -77,3 +77,11 @@ class HostStore:
         """See :class:`~torch_engram.stores.protocol.WritableStore`. Raises what a failed write raised."""
         while self._pending:
             self._pending.popleft().result()
+
+    def changed(self, space: int) -> Tensor:
+        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
+        return self.table.changed(space)
+
+    def forget_changes(self) -> None:
+        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
+        self.table.forget_changes()

@@ -52,3 +52,10 @@ class WritableStore(Store, Protocol):
 
     def flush(self) -> None:
         """Return when every write is acknowledged."""
+
+    def changed(self, space: int) -> Tensor:
+        """Rows of a space, int64 ascending on the CPU, that were written since :meth:`forget_changes`: what a save has
+        to add to an earlier one. Call :meth:`flush` before."""
+
+    def forget_changes(self) -> None:
+        """The rows as they are now are saved: count changes from here on."""

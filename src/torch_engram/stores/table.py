@@ -20,20 +20,22 @@ class RecordTable:
 
     def __init__(self, layout: RecordLayout, spaces: Mapping[int, int], device: torch.device, pinned: bool = False):
         self.layout, self.spaces, self.device = layout, dict(spaces), device
-        shape = (sum(spaces.values()), layout.nbytes)
-        if device.type == "cpu" and not pinned:  # torch.zeros would touch every page
-            self.records = torch.from_numpy(np.zeros(shape, np.uint8))
-        else:
-            self.records = torch.zeros(shape, dtype=torch.uint8, device=device, pin_memory=pinned)
+        self.records = _zeros((sum(spaces.values()), layout.nbytes), device, pinned)
         self._words = self.records.view(torch.int64)  # rows move as 8-byte words
         bases = torch.zeros(max(spaces) + 1, dtype=torch.int64)
         for space, base in zip(spaces, accumulate(spaces.values(), initial=0), strict=False):
             bases[space] = base
         self._bases = bases.to(device)
+        self._changed = _zeros((len(self.records),), device)
 
     def index(self, keys: Tensor) -> Tensor:
         """Position of every key in the array, int64."""
         return self._bases[keys >> SPACE_SHIFT] + (keys & ROW_MASK)
+
+    def span(self, space: int) -> slice:
+        """Where the rows of one space lie in the array."""
+        start = int(self._bases[space])
+        return slice(start, start + self.spaces[space])
 
     def gather(self, keys: Tensor) -> Tensor:
         """Records uint8 ``[U, nbytes]`` of keys ``[U]``, both on the table's device."""
@@ -41,9 +43,21 @@ class RecordTable:
 
     def scatter(self, keys: Tensor, records: Tensor) -> None:
         """Replace the records of distinct keys."""
-        self._words.index_copy_(0, self.index(keys), records.view(torch.int64))
+        index = self.index(keys)
+        self._words.index_copy_(0, index, records.view(torch.int64))
+        self._changed.index_fill_(0, index, 1)
 
-    def space(self, space: int) -> Tensor:
-        """The records of one space, uint8 ``[rows, nbytes]``, as a view."""
-        start = int(self._bases[space])
-        return self.records[start : start + self.spaces[space]]
+    def changed(self, space: int) -> Tensor:
+        """Rows of one space, ascending, whose records were replaced since :meth:`forget_changes`."""
+        return self._changed[self.span(space)].nonzero().squeeze(1).cpu()
+
+    def forget_changes(self) -> None:
+        """Count changes from here on."""
+        self._changed = _zeros(self._changed.shape, self.device)
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device, pinned: bool = False) -> Tensor:
+    """Zeroed bytes."""
+    if device.type == "cpu" and not pinned:  # torch.zeros would touch every page
+        return torch.from_numpy(np.zeros(shape, np.uint8))
+    return torch.zeros(shape, dtype=torch.uint8, device=device, pin_memory=pinned)
