@@ -12,7 +12,17 @@ if TYPE_CHECKING:
     from torch_engram.addressing import Addressing, CanonicalVocab
     from torch_engram.config import EngramConfig
     from torch_engram.fusion import Engram
-    from torch_engram.memory import Memory, MemoryBank, Tokens, WorkingSet, join, load_bank, open_bank, save_bank
+    from torch_engram.memory import (
+        FixedMemory,
+        Memory,
+        MemoryBank,
+        Tokens,
+        WorkingSet,
+        join,
+        load_bank,
+        open_bank,
+        save_bank,
+    )
     from torch_engram.models import Decoder, DecoderConfig, MoEConfig
     from torch_engram.optim import RowAdam, RowOptimizer, RowwiseAdam
 
@@ -25,6 +35,7 @@ _ROOMS = {
     "DecoderConfig": "models",
     "Engram": "fusion",
     "EngramConfig": "config",
+    "FixedMemory": "memory",
     "Memory": "memory",
     "MemoryBank": "memory",
     "MoEConfig": "models",
@@ -46,6 +57,7 @@ __all__ = [
     "DecoderConfig",
     "Engram",
     "EngramConfig",
+    "FixedMemory",
     "Memory",
     "MemoryBank",
     "MoEConfig",

@@ -21,6 +21,8 @@ def test_unique_rows(ids: list[int]) -> None:
     assert first.tolist() == [ids.index(row) for row in rows.tolist()]
     assert rows[segments.inverse].tolist() == ids
     assert torch.equal(expand(rows[:, None], segments.inverse)[:, 0], tensor)
+    out = torch.full((len(ids), 1), -1)
+    assert expand(rows[:, None], segments.inverse, out=out) is out and torch.equal(out[:, 0], tensor)
     ends = [*segments.starts.tolist(), len(ids)][1:]
     for row, start, end in zip(rows.tolist(), segments.starts.tolist(), ends, strict=True):
         assert segments.order[start:end].tolist() == [i for i, x in enumerate(ids) if x == row]
@@ -40,6 +42,8 @@ def test_merging_equals_its_definition_also_for_rows_that_nobody_reads(
     assert torch.equal(merge_naive(whole, segments), expected)
     real = torch.randn(len(inverse), width).bfloat16()
     merged = merge_sorted(real, segments)
+    out = torch.full((rows, width), torch.nan)
+    assert merge_sorted(real, segments, out=out) is out and torch.equal(out, merged)
     assert merged.dtype == torch.float32
     assert torch.allclose(merged, merge_naive(real, segments), atol=1e-5)
 

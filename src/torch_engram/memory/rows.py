@@ -95,6 +95,12 @@ class TouchedRows:
             self._released, self._records = True, None
             self.source.end_read(self.epoch)
 
+    def hand_over(self, stream: torch.cuda.Stream) -> None:
+        """Keep the planes' memory from being used again before ``stream`` is done with them."""
+        assert self.planes is not None, "decode comes before hand_over"
+        for plane in self.planes.values():
+            plane.record_stream(stream)
+
     def _tensors(self) -> list[Tensor]:
         assert self._records is not None
         parts = [self.keys, self._records, *(mask for mask in self.live if mask is not None)]
@@ -102,14 +108,19 @@ class TouchedRows:
             parts += [segments.inverse, segments.order, segments.starts]
         return parts
 
-    def embeddings(self, micro: int, dtype: torch.dtype) -> Tensor:
-        """The rows of micro-batch ``micro`` at their positions: ``[B, T, c·dim]``; zero where a position is dead."""
-        assert self.planes is not None, "decode comes before embeddings"
-        rows = expand(self.planes["value"].to(dtype), self.segments[micro].inverse).view(-1, self.width)
-        live = self.live[micro]
-        if live is not None:
-            rows = rows.new_zeros(len(live), self.width).index_put_((live,), rows)
-        return rows.view(*self.shapes[micro], self.width)
+    def expand(self, micro: int, out: Tensor) -> None:
+        """Write the rows of micro-batch ``micro`` to their positions in ``out`` ``[B, T, c·dim]``, and zero to dead
+        positions."""
+        assert self.planes is not None, "decode comes before expand"
+        values, inverse, live = self.planes["value"].to(out.dtype), self.segments[micro].inverse, self.live[micro]
+        if live is None and out.is_contiguous():
+            expand(values, inverse, out=out.view(-1, self.table.dim))
+            return
+        positions, rows = out.view(-1, self.width), expand(values, inverse).view(-1, self.width)
+        if live is None:
+            positions.copy_(rows)
+        else:
+            positions.zero_().index_put_((live,), rows)
 
     def merge(self, micro: int, grad: Tensor) -> None:
         """Add the gradient ``[B, T, c·dim]`` of a micro-batch's embeddings to the rows' fp32 gradient."""

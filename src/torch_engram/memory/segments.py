@@ -46,9 +46,9 @@ def unique_rows(ids: Tensor) -> tuple[Tensor, Tensor, Segments]:
     return ordered[starts], order[starts], Segments(inverse, order, starts)
 
 
-def expand(values: Tensor, inverse: Tensor) -> Tensor:
-    """Row values ``[U, dim]`` to one row a read ``[n, dim]``."""
-    return values.index_select(0, inverse)
+def expand(values: Tensor, inverse: Tensor, out: Tensor | None = None) -> Tensor:
+    """Row values ``[U, dim]`` to one row a read ``[n, dim]``, in ``out`` where given."""
+    return torch.index_select(values, 0, inverse, out=out)
 
 
 def merge_naive(grads: Tensor, segments: Segments) -> Tensor:
@@ -57,6 +57,7 @@ def merge_naive(grads: Tensor, segments: Segments) -> Tensor:
     return total.index_add_(0, segments.inverse, grads.float())
 
 
-def merge_sorted(grads: Tensor, segments: Segments) -> Tensor:
-    """Equal to :func:`merge_naive`, deterministic: a bag of reads for every row."""
-    return F.embedding_bag(segments.order, grads.float(), segments.starts, mode="sum")
+def merge_sorted(grads: Tensor, segments: Segments, out: Tensor | None = None) -> Tensor:
+    """Equal to :func:`merge_naive`, deterministic: a bag of reads for every row. In ``out``, fp32, where given."""
+    merged = F.embedding_bag(segments.order, grads.float(), segments.starts, mode="sum")
+    return merged if out is None else out.copy_(merged)

@@ -96,13 +96,35 @@ class WorkingSet:
     def _wait(self, layer: int, micro: int) -> dict[str, Tensor]:
         if layer not in self._rows:
             return {}
-        if self._state == "done":
-            raise ValueError("This working set was applied or discarded: prefetch the tokens again.")
         if (layer, micro) not in self._leaves:
-            parts = [rows.embeddings(micro, self._bank.dtype) for rows in self._ready(layer)]
-            leaf = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+            leaf = self.expand(layer, micro)
             self._leaves[layer, micro] = self._listen(leaf, layer, micro) if self._trains else leaf
         return {self._bank.name: self._leaves[layer, micro]}
+
+    def expand(self, layer: int, micro: int, out: Tensor | None = None) -> Tensor:
+        """The rows of one layer at the positions of micro-batch ``micro``: ``[B, T, E]``, in ``out`` where given.
+
+        Raises ``ValueError`` when ``out`` has another shape.
+        """
+        if self._state == "done":
+            raise ValueError("This working set was applied or discarded: prefetch the tokens again.")
+        rows = self._ready(layer)
+        shape = (*rows[0].shapes[micro], sum(touched.width for touched in rows))
+        if out is None:
+            out = torch.empty(shape, dtype=self._bank.dtype, device=self._bank.device)
+        if out.shape != shape:
+            raise ValueError(f"The embeddings of layer {layer} are {list(shape)}, not {list(out.shape)}.")
+        for touched, part in zip(rows, out.split([touched.width for touched in rows], dim=-1), strict=True):
+            touched.expand(micro, part)
+        return out
+
+    def merge(self, layer: int, micro: int, grad: Tensor) -> None:
+        """Add a gradient of what :meth:`expand` gave, ``[B, T, E]``, to the rows' own. A leaf from :meth:`Memory.wait`
+        does so by itself."""
+        self._expect("open", "a backward comes before reduce()")
+        rows = self._ready(layer)
+        for touched, part in zip(rows, grad.split([touched.width for touched in rows], dim=-1), strict=True):
+            touched.merge(micro, part)
 
     def _listen(self, leaf: Tensor, layer: int, micro: int) -> Tensor:
         """Merge the leaf's gradient in the backward, as soon as it is there, so that no two are held at once."""
@@ -113,14 +135,18 @@ class WorkingSet:
             if working_set is None or working_set._state == "done":
                 raise ValueError("A backward came after its working set was applied or discarded: run it before.")
             if leaf.grad is not None:
-                start = 0
-                for rows in working_set._rows[layer]:
-                    rows.merge(micro, leaf.grad[..., start : start + rows.width])
-                    start += rows.width
+                working_set.merge(layer, micro, leaf.grad)
             leaf.grad = None
 
         leaf.requires_grad_().register_post_accumulate_grad_hook(merge)
         return leaf
+
+    def hand_over(self, stream: torch.cuda.Stream) -> None:
+        """Let the current stream go on with rows that :meth:`expand` was called for on ``stream``."""
+        current = torch.cuda.current_stream(self._bank.device)
+        current.wait_stream(stream)
+        for rows in self._all_rows():
+            rows.hand_over(current)
 
     # -- writing --------------------------------------------------------------------------------------------------
 
