@@ -63,6 +63,6 @@ def test_misspelt_and_missing_names_are_told() -> None:
         EngramConfig.from_dict({"layers": [1], "hidden": 8})
     with pytest.raises(ValueError, match="did you mean 'paper-27b'"):
         EngramConfig.preset("paper27b")
-    for text in ("[1]", "3", "{"):
-        with pytest.raises(ValueError):
+    for text in ("[1]", "3", "{", ""):
+        with pytest.raises(ValueError, match="in JSON is one object with its fields: use what to_json"):
             EngramConfig.from_json(text)

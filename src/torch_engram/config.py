@@ -12,6 +12,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 SCHEMES = ("engram", "qwen_ple")
@@ -23,6 +24,25 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     names = list(choices)
     close = difflib.get_close_matches(word, names, n=1)
     return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(map(repr, names))}."
+
+
+def need(config: object, ok: bool, field: str, mend: str) -> None:
+    """Raises ``ValueError`` naming a field of a configuration, its value and the mend, unless ``ok``."""
+    if not ok:
+        raise ValueError(f"{type(config).__name__}.{field} is {getattr(config, field)!r}: {mend}")
+
+
+def checked_fields(cls: type, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """``fields`` of the dataclass ``cls``. Raises ``ValueError`` for one that it does not have, or needs and lacks."""
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for name in fields:
+        if name not in known:
+            raise ValueError(f"{cls.__name__} has no field {name!r}: {nearest(name, known)}")
+    for name, f in known.items():
+        has_default = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+        if name not in fields and not has_default:
+            raise ValueError(f"{cls.__name__} needs the field {name!r}: add it.")
+    return dict(fields)
 
 
 @dataclass(frozen=True)
@@ -74,37 +94,38 @@ class EngramConfig:
         self._check()
 
     def _check(self) -> None:
-        def need(ok: bool, field: str, mend: str) -> None:
-            if not ok:
-                raise ValueError(f"EngramConfig.{field} is {getattr(self, field)!r}: {mend}")
+        self._check_types()
+        must = partial(need, self)
+        some = isinstance(self.layers, tuple) and len(self.layers) > 0
+        must(some, "layers", "name at least one decoder layer, such as (1,).")
+        ascending = list(self.layers) == sorted(set(self.layers)) and all(layer >= 0 for layer in self.layers)
+        must(ascending, "layers", "give distinct 0-based layers in ascending order.")
+        must(self.max_ngram >= 2, "max_ngram", "the highest order must be 2 or more.")
+        for field in ("heads", "row_dim", "rows_per_head"):
+            value = getattr(self, field)
+            many = self.max_ngram - 1
+            fits = not isinstance(value, tuple) or len(value) == many
+            must(fits, field, f"give one number, or {many} (one an order).")
+            must(min(self.per_order(field)) >= 1, field, "every number must be at least 1.")
+        must(min(self.per_order("rows_per_head")) >= 2, "rows_per_head", "a head needs 2 rows or more.")
+        for field in ("hidden", "vocab_size", "branches", "row_multiple"):
+            must(getattr(self, field) >= 1, field, "it must be at least 1.")
+        must(self.scheme in SCHEMES, "scheme", nearest(str(self.scheme), SCHEMES))
+        must(self.fusion in FUSIONS, "fusion", nearest(str(self.fusion), FUSIONS))
+        must(self.seed >= 0, "seed", "NumPy's generator takes 0 or more.")
+        must(self.pad_id >= 0, "pad_id", "it is a token id, 0 or more.")
+        must(self.conv_kernel == 0 or self.conv_kernel >= 2, "conv_kernel", "use 0 for none, or 2 taps or more.")
+        must(self.init_std >= 0, "init_std", "a standard deviation is 0 or more.")
 
+    def _check_types(self) -> None:
+        must = partial(need, self)
         for field in ("hidden", "vocab_size", "max_ngram", "branches", "pad_id", "seed", "conv_kernel", "row_multiple"):
-            need(isinstance(getattr(self, field), int), field, "give a whole number.")
+            must(isinstance(getattr(self, field), int), field, "give a whole number.")
         for field in ("layers", "heads", "row_dim", "rows_per_head"):
             value = getattr(self, field)
             numbers = value if isinstance(value, tuple) else (value,)
-            need(all(isinstance(number, int) for number in numbers), field, "give whole numbers.")
-        some = isinstance(self.layers, tuple) and len(self.layers) > 0
-        need(some, "layers", "name at least one decoder layer, such as (1,).")
-        ascending = list(self.layers) == sorted(set(self.layers)) and all(layer >= 0 for layer in self.layers)
-        need(ascending, "layers", "give distinct 0-based layers in ascending order.")
-        need(self.max_ngram >= 2, "max_ngram", "the highest order must be 2 or more.")
-        for field in ("heads", "row_dim", "rows_per_head"):
-            value = getattr(self, field)
-            if isinstance(value, tuple):
-                need(
-                    len(value) == self.max_ngram - 1, field, f"give one number, or {self.max_ngram - 1} (one an order)."
-                )
-            need(min(self.per_order(field)) >= 1, field, "every number must be at least 1.")
-        need(min(self.per_order("rows_per_head")) >= 2, "rows_per_head", "a head needs 2 rows or more.")
-        for field in ("hidden", "vocab_size", "branches", "row_multiple"):
-            need(getattr(self, field) >= 1, field, "it must be at least 1.")
-        need(self.scheme in SCHEMES, "scheme", nearest(str(self.scheme), SCHEMES))
-        need(self.fusion in FUSIONS, "fusion", nearest(str(self.fusion), FUSIONS))
-        need(self.seed >= 0, "seed", "NumPy's generator takes 0 or more.")
-        need(self.pad_id >= 0, "pad_id", "it is a token id, 0 or more.")
-        need(self.conv_kernel == 0 or self.conv_kernel >= 2, "conv_kernel", "use 0 for none, or 2 taps or more.")
-        need(self.init_std >= 0, "init_std", "a standard deviation is 0 or more.")
+            must(all(isinstance(number, int) for number in numbers), field, "give whole numbers.")
+        must(isinstance(self.init_std, int | float), "init_std", "give a number.")
 
     # -- derived sizes ---------------------------------------------------------------------------------------
 
@@ -151,15 +172,7 @@ class EngramConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> EngramConfig:
         """A configuration from a mapping. Raises ``ValueError`` naming an unknown or missing field."""
-        known = {f.name: f for f in dataclasses.fields(cls)}
-        for name in fields:
-            if name not in known:
-                raise ValueError(f"EngramConfig has no field {name!r}: {nearest(name, known)}")
-        required = [name for name, f in known.items() if f.default is dataclasses.MISSING]
-        missing = [name for name in required if name not in fields]
-        if missing:
-            raise ValueError(f"EngramConfig needs the field {missing[0]!r}: add it.")
-        return cls(**fields)
+        return cls(**checked_fields(cls, fields))
 
     def to_json(self) -> str:
         """One JSON object with every field."""
@@ -167,8 +180,11 @@ class EngramConfig:
 
     @classmethod
     def from_json(cls, text: str) -> EngramConfig:
-        """Inverse of :meth:`to_json`."""
-        fields = json.loads(text)
+        """Inverse of :meth:`to_json`. Raises ``ValueError`` when it is none."""
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError:
+            fields = None
         if not isinstance(fields, dict):
             raise ValueError("An EngramConfig in JSON is one object with its fields: use what to_json() wrote.")
         return cls.from_dict(fields)

@@ -10,25 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from torch_engram.config import EngramConfig, nearest
-
-
-def _need(config: object, ok: bool, name: str, mend: str) -> None:
-    if not ok:
-        raise ValueError(f"{type(config).__name__}.{name} is {getattr(config, name)!r}: {mend}")
-
-
-def _checked_fields(cls: type, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """``fields``, or ``ValueError`` for one that ``cls`` does not have or needs."""
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    for name in fields:
-        if name not in known:
-            raise ValueError(f"{cls.__name__} has no field {name!r}: {nearest(name, known)}")
-    for name, f in known.items():
-        has_default = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
-        if name not in fields and not has_default:
-            raise ValueError(f"{cls.__name__} needs the field {name!r}: add it.")
-    return dict(fields)
+from torch_engram.config import EngramConfig, checked_fields, need
 
 
 @dataclass(frozen=True)
@@ -47,12 +29,12 @@ class MoEConfig:
     """The first layers that keep a dense feed-forward."""
 
     def __post_init__(self) -> None:
-        _need(self, self.experts >= 1, "experts", "a layer needs at least 1 routed expert.")
-        _need(self, 1 <= self.top_k <= self.experts, "top_k", f"choose 1 to {self.experts} (experts).")
+        need(self, self.experts >= 1, "experts", "a layer needs at least 1 routed expert.")
+        need(self, 1 <= self.top_k <= self.experts, "top_k", f"choose 1 to {self.experts} (experts).")
         aligned = self.expert_hidden >= 8 and self.expert_hidden % 8 == 0
-        _need(self, aligned, "expert_hidden", "use a multiple of 8, for the grouped matrix products.")
-        _need(self, self.shared_hidden >= 0, "shared_hidden", "use 0 for none, or a width.")
-        _need(self, self.dense_layers >= 0, "dense_layers", "use 0 or the number of leading dense layers.")
+        need(self, aligned, "expert_hidden", "use a multiple of 8, for the grouped matrix products.")
+        need(self, self.shared_hidden >= 0, "shared_hidden", "use 0 for none, or a width.")
+        need(self, self.dense_layers >= 0, "dense_layers", "use 0 or the number of leading dense layers.")
 
 
 @dataclass(frozen=True)
@@ -96,10 +78,10 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_heads", self.heads if self.kv_heads is None else self.kv_heads)
         for name in ("vocab_size", "hidden", "layers", "heads", "kv_heads", "ffn_hidden", "branches"):
-            _need(self, getattr(self, name) >= 1, name, "it must be at least 1.")
+            need(self, getattr(self, name) >= 1, name, "it must be at least 1.")
         if self.head_dim is None:
             divides = self.hidden % self.heads == 0
-            _need(self, divides, "heads", f"it must divide hidden ({self.hidden}), or set head_dim.")
+            need(self, divides, "heads", f"it must divide hidden ({self.hidden}), or set head_dim.")
             object.__setattr__(self, "head_dim", self.hidden // self.heads)
         object.__setattr__(self, "engrams", dict(self.engrams))
         self._check()
@@ -107,14 +89,14 @@ class DecoderConfig:
     def _check(self) -> None:
         assert self.kv_heads is not None and self.head_dim is not None
         even = self.head_dim >= 2 and self.head_dim % 2 == 0
-        _need(self, even, "head_dim", "rotary embedding turns pairs, so use an even number.")
-        _need(self, self.heads % self.kv_heads == 0, "kv_heads", f"it must divide heads ({self.heads}).")
-        _need(self, self.rope_theta > 0, "rope_theta", "it must be positive.")
-        _need(self, self.sinkhorn_iterations >= 1, "sinkhorn_iterations", "it must be at least 1.")
+        need(self, even, "head_dim", "rotary embedding turns pairs, so use an even number.")
+        need(self, self.heads % self.kv_heads == 0, "kv_heads", f"it must divide heads ({self.heads}).")
+        need(self, self.rope_theta > 0, "rope_theta", "it must be positive.")
+        need(self, self.sinkhorn_iterations >= 1, "sinkhorn_iterations", "it must be at least 1.")
         real = self.real_vocab is None or 1 <= self.real_vocab <= self.vocab_size
-        _need(self, real, "real_vocab", f"use None, or 1 to {self.vocab_size} (vocab_size).")
+        need(self, real, "real_vocab", f"use None, or 1 to {self.vocab_size} (vocab_size).")
         if self.moe is not None:
-            _need(self, self.hidden % 8 == 0, "hidden", "use a multiple of 8 with experts (grouped products).")
+            need(self, self.hidden % 8 == 0, "hidden", "use a multiple of 8 with experts (grouped products).")
             if self.moe.dense_layers >= self.layers:
                 raise ValueError(
                     f"MoEConfig.dense_layers is {self.moe.dense_layers}: with {self.layers} layers no expert is left; "
@@ -172,9 +154,9 @@ class DecoderConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> DecoderConfig:
         """A configuration from a mapping. Raises ``ValueError`` naming an unknown or missing field."""
-        known = _checked_fields(cls, fields)
+        known = checked_fields(cls, fields)
         if known.get("moe") is not None:
-            known["moe"] = MoEConfig(**_checked_fields(MoEConfig, known["moe"]))
+            known["moe"] = MoEConfig(**checked_fields(MoEConfig, known["moe"]))
         known["engrams"] = {name: EngramConfig.from_dict(engram) for name, engram in known.get("engrams", {}).items()}
         return cls(**known)
 

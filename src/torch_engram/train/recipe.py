@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch_engram.config import nearest
+from torch_engram.config import nearest, need
 from torch_engram.memory.bank import require_known
 from torch_engram.models import DecoderConfig
 from torch_engram.optim import ROW_OPTIMIZERS
@@ -17,11 +17,6 @@ from torch_engram.train.schedule import SCHEDULES
 DEVICES = ("cpu", "cuda")
 DTYPES = ("fp32", "bf16")
 TRACKERS = ("none", "trackio", "tensorboard")
-
-
-def _need(config: object, ok: bool, name: str, mend: str) -> None:
-    if not ok:
-        raise ValueError(f"{type(config).__name__}.{name} is {getattr(config, name)!r}: {mend}")
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,7 @@ class Rates:
 
     def __post_init__(self) -> None:
         for name in (f.name for f in dataclasses.fields(self)):
-            _need(self, getattr(self, name) >= 0, name, "it must not be negative.")
+            need(self, getattr(self, name) >= 0, name, "it must not be negative.")
 
 
 @dataclass(frozen=True)
@@ -62,9 +57,9 @@ class TableRecipe:
     """Steps that rows are fetched ahead; the trajectory does not depend on it."""
 
     def __post_init__(self) -> None:
-        _need(self, self.optimizer in ROW_OPTIMIZERS, "optimizer", nearest(self.optimizer, ROW_OPTIMIZERS))
+        need(self, self.optimizer in ROW_OPTIMIZERS, "optimizer", nearest(self.optimizer, ROW_OPTIMIZERS))
         for name in ("lr", "prefetch"):
-            _need(self, getattr(self, name) >= 0, name, "it must not be negative.")
+            need(self, getattr(self, name) >= 0, name, "it must not be negative.")
         require_known(self.codec, self.placement)
 
 
@@ -137,7 +132,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("name", "data", "out", "cache"):
-            _need(self, getattr(self, name) != "", name, "it must not be empty.")
+            need(self, getattr(self, name) != "", name, "it must not be empty.")
         for name in (
             "seq_len",
             "batch_size",
@@ -148,16 +143,16 @@ class Recipe:
             "eval_batches",
             "keep",
         ):
-            _need(self, getattr(self, name) >= 1, name, "it must be at least 1.")
+            need(self, getattr(self, name) >= 1, name, "it must be at least 1.")
         for name in ("warmup", "save_every", "clip", "floor", "balance_rate"):
-            _need(self, getattr(self, name) >= 0, name, "it must not be negative.")
-        _need(self, self.name == Path(self.name).name, "name", "it names one folder, so leave out separators.")
-        _need(self, self.floor <= 1, "floor", "it is a share of the peak rate, 1 at most.")
-        _need(self, 0 <= self.seed < 1 << 63, "seed", "it must be 0 to 2**63 - 1.")
-        _need(self, self.schedule in SCHEDULES, "schedule", nearest(self.schedule, SCHEDULES))
-        _need(self, self.device in DEVICES, "device", "use 'cpu' or 'cuda'.")
-        _need(self, self.dtype in DTYPES, "dtype", nearest(self.dtype, DTYPES))
-        _need(self, self.tracker in TRACKERS, "tracker", nearest(self.tracker, TRACKERS))
+            need(self, getattr(self, name) >= 0, name, "it must not be negative.")
+        need(self, self.name == Path(self.name).name, "name", "it names one folder, so leave out separators.")
+        need(self, self.floor <= 1, "floor", "it is a share of the peak rate, 1 at most.")
+        need(self, 0 <= self.seed < 1 << 63, "seed", "it must be 0 to 2**63 - 1.")
+        need(self, self.schedule in SCHEDULES, "schedule", nearest(self.schedule, SCHEDULES))
+        need(self, self.device in DEVICES, "device", "use 'cpu' or 'cuda'.")
+        need(self, self.dtype in DTYPES, "dtype", nearest(self.dtype, DTYPES))
+        need(self, self.tracker in TRACKERS, "tracker", nearest(self.tracker, TRACKERS))
 
     @property
     def tokens_per_step(self) -> int:
