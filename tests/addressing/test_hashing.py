@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torch_engram.addressing.hashing import _BLOCK, _LARGEST_PRIME, mixes, rows_by_limbs, rows_naive
+from torch_engram.addressing.hashing import _BLOCK, _LARGEST_PRIME, mixes, reducer, rows_naive
 from torch_engram.addressing.primes import next_prime
 
 LARGEST_USED = 67_108_859  # the largest prime up to 2**26
@@ -25,6 +25,10 @@ def expected(mix: list[list[int]], primes: tuple[tuple[int, ...], ...]) -> list[
                 offset += prime
         rows.append(row)
     return rows
+
+
+def rows_by_limbs(mix: Tensor, primes: tuple[Tensor, ...], offsets: Tensor) -> Tensor:
+    return reducer(primes, offsets)(mix)
 
 
 def constants(primes: tuple[tuple[int, ...], ...]) -> tuple[tuple[Tensor, ...], Tensor]:

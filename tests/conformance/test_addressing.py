@@ -17,7 +17,9 @@ from torch_engram.addressing.oracle import ngram_at, rows_at
 from torch_engram.config import EngramConfig
 
 V41 = EngramConfig.preset("deepseek-v4.1")
-BOTH = pytest.mark.parametrize("reduce", [hashing.rows_naive, hashing.rows_by_limbs])
+BOTH = pytest.mark.parametrize(
+    "reduce", [hashing.rows_naive, lambda mix, *constants: hashing.reducer(*constants)(mix)], ids=["naive", "limbs"]
+)
 
 
 def of_canonical_ids(config: EngramConfig) -> Addressing:

@@ -55,8 +55,8 @@ def test_every_window_comes_exactly_once_per_epoch(
 ) -> None:
     file = token_file_of([*lengths, 10])
     batches = PackedBatches(file, batch_size, seq_len, seed)
-    drawn = itertools.islice((row for batch in batches for row in batch.tokens.tolist()), 3 * batches.windows)
-    windows = [tuple(row) for row in drawn]
+    steps = range(-(-3 * batches.windows // batch_size))
+    windows = [tuple(row) for step in steps for row in batches.batch(step).tokens.tolist()]
     expected = sorted(tuple(row) for batch in batches.in_order() for row in batch.tokens.tolist())
     for epoch in range(3):
         assert sorted(windows[epoch * batches.windows : (epoch + 1) * batches.windows]) == expected
@@ -102,43 +102,17 @@ def test_every_epoch_and_seed_has_an_order_of_its_own(token_files: TokenFiles) -
     assert all(not torch.equal(one, other) for one, other in itertools.combinations(orders, 2))
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 7), st.integers(0, 40))
-def test_random_access_equals_iteration_and_resuming(token_files: TokenFiles, batch_size: int, stop: int) -> None:
-    file = token_files.train
-    seen = list(itertools.islice(PackedBatches(file, batch_size, 200, seed=7), stop + 2))
-    interrupted = PackedBatches(file, batch_size, 200, seed=7)
-    for _ in range(stop):
-        next(interrupted)
-    resumed = PackedBatches(file, batch_size, 200, seed=7)
-    resumed.load_state_dict(interrupted.state_dict())
-    assert same(next(resumed), seen[stop]) and same(next(resumed), seen[stop + 1])
-    assert same(PackedBatches(file, batch_size, 200, seed=7).batch(stop), seen[stop])
+def test_a_batch_follows_from_its_number_alone(token_files: TokenFiles) -> None:
+    whole = PackedBatches(token_files.train, 3, 64, seed=5)
+    seen = [whole.batch(step) for step in range(40)]
+    for step in (39, 0, 7):
+        assert same(PackedBatches(token_files.train, 3, 64, seed=5).batch(step), seen[step])
 
 
-def test_the_position_counts_windows_so_the_batch_size_may_change(token_files: TokenFiles) -> None:
+def test_batches_of_another_size_hold_the_same_windows(token_files: TokenFiles) -> None:
     small, large = (PackedBatches(token_files.train, size, 50, seed=3) for size in (2, 4))
-    next(large)
-    small.load_state_dict(large.state_dict())
-    rows = torch.cat([next(small).tokens, next(small).tokens])
-    assert torch.equal(rows, next(large).tokens)
-
-
-def test_state_is_small_and_serialisable(token_files: TokenFiles) -> None:
-    batches = PackedBatches(token_files.train, 3, 64, seed=5)
-    for _ in range(100):
-        next(batches)
-    state = batches.state_dict()
-    epoch, position = divmod(300, batches.windows)
-    assert epoch > 0
-    assert state == {"epoch": epoch, "position": position, "seed": 5, "seq_len": 64, "windows": batches.windows}
-
-
-@pytest.mark.parametrize(("name", "value"), [("seed", 6), ("seq_len", 32), ("windows", 1)])
-def test_a_position_in_other_batches_is_refused(token_files: TokenFiles, name: str, value: int) -> None:
-    batches = PackedBatches(token_files.train, 3, 64, seed=5)
-    with pytest.raises(ValueError, match=f"{name}={value}"):
-        batches.load_state_dict({**batches.state_dict(), name: value})
+    rows = torch.cat([small.batch(2).tokens, small.batch(3).tokens])
+    assert torch.equal(rows, large.batch(1).tokens)
 
 
 def test_shapes_types_and_independence_of_the_file(token_files: TokenFiles) -> None:

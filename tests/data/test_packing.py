@@ -19,7 +19,7 @@ from torch_engram.data import Corpus, TokenFile, TokenFiles, open_token_files, s
 
 
 def texts_of(file: TokenFile, tokenizer: Tokenizer) -> list[str]:
-    documents = [file.document(index).tolist() for index in range(len(file.starts))]
+    documents = [part.tolist() for part in np.split(file.tokens, file.starts[1:])]
     assert all(document[-1] == file.end_id for document in documents)
     return [tokenizer.decode(document[:-1], skip_special_tokens=False) for document in documents]
 
@@ -127,12 +127,6 @@ def test_meta_data_say_what_was_packed(token_files: TokenFiles) -> None:
     assert meta["splits"]["train"]["tokens"] == len(token_files.train)
     assert meta["dtype"] == "<u2" and token_files.train.tokens.dtype == np.uint16
     assert {"tokenizer", "corpus", "validation_share", "vocab_size", "end_id"} <= set(meta)
-
-
-def test_a_document_out_of_range_is_refused(token_files: TokenFiles) -> None:
-    for index in (-1, len(token_files.train.starts)):
-        with pytest.raises(IndexError):
-            token_files.train.document(index)
 
 
 # Other processes

@@ -1,6 +1,6 @@
 """n-gram windows to mixes to rows: the arithmetic of the hash, vectorised.
 
-``rows_naive`` reads like the formula. ``rows_by_limbs`` gives the same ids without a 64-bit division, which no vector
+``rows_naive`` reads like the formula. :class:`Limbs` gives the same ids without a 64-bit division, which no vector
 unit has: a mix is cut in two limbs, and from there on float64 is precise enough for an exact result.
 """
 
@@ -39,13 +39,8 @@ def rows_naive(mix: Tensor, primes: tuple[Tensor, ...], offsets: Tensor) -> Tens
     return torch.cat(heads, dim=-1) + offsets
 
 
-def rows_by_limbs(mix: Tensor, primes: tuple[Tensor, ...], offsets: Tensor) -> Tensor:
-    """Equal to :func:`rows_naive` for non-negative mixes, and faster on a CPU."""
-    return reducer(primes, offsets)(mix)
-
-
 def reducer(primes: tuple[Tensor, ...], offsets: Tensor) -> Callable[[Tensor], Tensor]:
-    """The fastest function from non-negative mixes to rows, with its constants made: keep it for many calls."""
+    """The fastest function that equals :func:`rows_naive` for non-negative mixes, made once for many calls."""
     if offsets.device.type == "cpu" and max(int(order.max()) for order in primes) <= _LARGEST_PRIME:
         return Limbs.of(primes, offsets).rows
     return partial(rows_naive, primes=primes, offsets=offsets)

@@ -53,10 +53,9 @@ class Batch:
 
 
 class PackedBatches:
-    """An endless, resumable stream of batches; every window comes once per epoch. A batch may span two epochs.
+    """Batches without end, each computed from its number alone: a run is resumed by counting on.
 
-    `batch(step)` computes any batch directly; iterating yields batch 0, 1, 2, … from the saved position on. The
-    position counts windows, so a run may be resumed with another batch size.
+    Every window comes once per epoch; a batch may span two epochs.
     """
 
     def __init__(self, token_file: TokenFile, batch_size: int, seq_len: int, seed: int = 0) -> None:
@@ -83,54 +82,21 @@ class PackedBatches:
         self.seq_len = seq_len
         self.seed = seed
         self.windows = (len(token_file) - 1) // seq_len
-        self._drawn = 0
 
     def batch(self, step: int) -> Batch:
         """Batch number `step`, counted from 0 over all epochs."""
-        return self._draw(step * self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        batch = self._draw(self._drawn)
-        self._drawn += self.batch_size
-        return batch
-
-    def in_order(self) -> Iterator[Batch]:
-        """Every window exactly once, in the file's order, for evaluation; the last batch may be smaller."""
-        for first in range(0, self.windows, self.batch_size):
-            yield self._gather(np.arange(first, min(first + self.batch_size, self.windows)))
-
-    def state_dict(self) -> dict[str, int]:
-        """The position as (epoch, windows of it already drawn), and what it is a position in."""
-        epoch, position = divmod(self._drawn, self.windows)
-        return {"epoch": epoch, "position": position, **self._identity()}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken.
-
-        Raises:
-            ValueError: it was taken with another seed, sequence length or number of windows.
-        """
-        for name, value in self._identity().items():
-            if state[name] != value:
-                raise ValueError(
-                    f"The saved position has {name}={state[name]} and these batches have {value}; resume on the same "
-                    "token file, with the same seq_len and seed."
-                )
-        self._drawn = state["epoch"] * self.windows + state["position"]
-
-    def _identity(self) -> dict[str, int]:
-        return {"seed": self.seed, "seq_len": self.seq_len, "windows": self.windows}
-
-    def _draw(self, first: int) -> Batch:
+        first = step * self.batch_size
         epochs, positions = np.divmod(np.arange(first, first + self.batch_size), self.windows)
         windows = np.empty_like(positions)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             windows[here] = permute(positions[here], self.windows, self.seed, int(epoch))
         return self._gather(windows)
+
+    def in_order(self) -> Iterator[Batch]:
+        """Every window exactly once, in the file's order, for evaluation; the last batch may be smaller."""
+        for first in range(0, self.windows, self.batch_size):
+            yield self._gather(np.arange(first, min(first + self.batch_size, self.windows)))
 
     def _gather(self, windows: _Ints) -> Batch:
         """The given windows as a batch, [B] window numbers → [B, T] tensors."""

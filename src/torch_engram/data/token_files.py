@@ -44,17 +44,6 @@ class TokenFile:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def document(self, index: int) -> np.ndarray[Any, np.dtype[Any]]:
-        """Tokens of one document, with the end token last.
-
-        Raises:
-            IndexError: there is no such document.
-        """
-        if not 0 <= index < len(self.starts):
-            raise IndexError(f"document {index} of {len(self.starts)}")
-        last = index + 1 == len(self.starts)
-        return self.tokens[self.starts[index] : len(self.tokens) if last else self.starts[index + 1]]
-
 
 @dataclass(frozen=True)
 class TokenFiles:
