@@ -155,3 +155,26 @@ def test_a_second_ctrl_c_ends_at_once(command, tmp_path):
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in err
     assert checkpoints(folder) == []
+
+
+def test_a_second_process_in_the_folder_is_refused(make_recipe: Callable[..., Recipe]) -> None:
+    recipe = make_recipe(steps=3, save_every=0)
+    program = """
+import json, sys
+from torch_engram.train import Recipe, Trainer
+try:
+    Trainer(Recipe.from_dict(json.loads(sys.argv[1]))).run()
+except ValueError as error:
+    print(error)
+"""
+    said = []
+
+    def watch(progress: object) -> None:
+        command = [sys.executable, "-c", program, json.dumps(recipe.to_dict())]
+        said.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
+
+    trainer = Trainer(recipe)
+    trainer.run(watch)
+    folder = Path(recipe.out) / recipe.name
+    assert said == 3 * [f"Another process trains in {folder}: wait for it, or set another name= or out=."]
+    assert [line["step"] for line in read_metrics(folder)][-1] == 3

@@ -102,7 +102,10 @@ def test_widths_follow():
         ("hidden=64", "There is no setting 'hidden': did you mean 'model.hidden'?"),
         ("model.engrams.engrm.heads=1", "did you mean 'model.engrams.engram.heads'?"),
         ("model.engrams.engram.hidden=8", "did you mean 'model.hidden'?"),
-        ("model.moe.experts=4", "There is no setting 'model.moe.experts': this recipe has no model.moe."),
+        (
+            "model.moe.experts=4",
+            "There is no setting 'model.moe.experts': this recipe has no model.moe; use one that has",
+        ),
         ("steps.more=4", "There is no setting 'steps.more': did you mean 'steps'?"),
         ("=4", "There is no setting '': choose one of 'name', 'model',"),
         ("steps", "--set 'steps' has no '=': write key=value, such as steps=200."),

@@ -183,3 +183,10 @@ def test_share_seen_and_tokens_per_step(make_trainer):
     trainer.run()
     assert trainer.recipe.tokens_per_step == 2 * 2 * 16
     assert trainer.share_seen == pytest.approx(6 * 64 / len(trainer.text.files.train))
+
+
+def test_deterministic_kernels_are_asked_for_during_the_run_alone(make_trainer):
+    seen = []
+    make_trainer(deterministic=True).run(lambda progress: seen.append(torch.are_deterministic_algorithms_enabled()))
+    make_trainer(name="free").run(lambda progress: seen.append(torch.are_deterministic_algorithms_enabled()))
+    assert seen[0] and not seen[-1] and not torch.are_deterministic_algorithms_enabled()

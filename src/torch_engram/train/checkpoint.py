@@ -33,6 +33,7 @@ from torch_engram.models import Decoder, DecoderConfig
 _FACTS = "checkpoint.json"
 _PREFIX = "step-"
 _FILES = ("model.safetensors", "optimizer.safetensors", "tokenizer.json")
+_MEND = "remove this checkpoint, and the one before it is taken"
 _KEYS = ("step", "model", "banks", "tokenizer_digest", "recipe", "data", "seconds")
 
 
@@ -185,12 +186,10 @@ def read_facts(path: Path) -> dict[str, Any]:
         digests = {name: facts["sha256"][name] for name in _FILES}
         {key: facts[key] for key in _KEYS}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path / _FACTS} is damaged, or none of torch-engram's: use an earlier checkpoint, or a run's folder."
-        ) from error
+        raise ValueError(f"{path / _FACTS} is damaged, or none of torch-engram's: {_MEND}.") from error
     for name, digest in digests.items():
         if not (path / name).exists() or file_digest(path / name) != digest:
-            raise ValueError(f"{path / name} is truncated, damaged or missing: use an earlier checkpoint.")
+            raise ValueError(f"{path / name} is truncated, damaged or missing: {_MEND}.")
     return facts
 
 

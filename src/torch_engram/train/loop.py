@@ -6,16 +6,12 @@ Read :meth:`Trainer._step` first: it is the whole of training with a memory.
 from __future__ import annotations
 
 import math
-import os
-import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from torch_engram.data import IGNORE_INDEX, Batch, PackedBatches, TokenFile
 from torch_engram.memory import Tokens, WorkingSet, join
+from torch_engram.models.accounting import Account, account
 from torch_engram.train.build import (
     Text,
     build_banks,
@@ -35,6 +32,7 @@ from torch_engram.train.build import (
 )
 from torch_engram.train.checkpoint import checkpoint_path, checkpoints, latest_checkpoint, resume, save_checkpoint
 from torch_engram.train.evaluate import Score, evaluate
+from torch_engram.train.guards import deterministic_kernels, interruptible, only_run
 from torch_engram.train.metrics import Metrics
 from torch_engram.train.recipe import Recipe
 from torch_engram.train.schedule import factor
@@ -81,9 +79,6 @@ class Trainer:
         require_device(recipe.device)
         self.recipe = recipe
         self.folder = Path(recipe.out) / recipe.name
-        if recipe.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
-            torch.use_deterministic_algorithms(True)
         self.text = text if text is not None else build_text(recipe)
         model = fit_to_text(recipe.model, self.text.tokenizer, self.text.vocab)
         self.decoder = build_decoder(recipe, model)
@@ -138,6 +133,14 @@ class Trainer:
         }
 
     @property
+    def account(self) -> Account:
+        """The sizes of the decoder with its tables."""
+        rows = {
+            (bank.name, layer): rows for bank in self.banks.values() for layer, rows in bank.rows_per_order().items()
+        }
+        return account(self.decoder.config, rows, self.recipe.seq_len)
+
+    @property
     def share_seen(self) -> float:
         """Tokens trained on so far over tokens in the training split (above 1: epochs)."""
         return self.step * self.recipe.tokens_per_step / len(self.text.files.train)
@@ -177,6 +180,8 @@ class Trainer:
         while self._drawn < last:
             first = self._drawn * self.recipe.accumulation
             batches = [self.data.batch(first + number) for number in range(self.recipe.accumulation)]
+            if self.recipe.device == "cuda":
+                batches = [batch.pin_memory() for batch in batches]
             tokens = [Tokens(batch.tokens, doc_start=batch.doc_start) for batch in batches]
             self._ahead.append(_Prepared(batches, {name: bank.prefetch(*tokens) for name, bank in self.banks.items()}))
             self._drawn += 1
@@ -195,30 +200,40 @@ class Trainer:
 
         Raises ``ValueError`` when loss or gradients are no longer finite, naming the step and the last good checkpoint.
         """
+        with (
+            only_run(self.folder),
+            deterministic_kernels(self.recipe.deterministic),
+            interruptible(self._ask_to_stop),
+        ):
+            return self._run(watch)
+
+    def _run(self, watch: Callable[[Progress], None] | None) -> Outcome:
         recipe = self.recipe
         metrics = Metrics(self.folder, recipe, self.step)
         self.decoder.train()
         try:
-            with self._interruptible():
-                while self.step < recipe.steps and not self._stop:
-                    begun = time.perf_counter()
-                    loss = self._step().item()
-                    self.seconds += time.perf_counter() - begun
-                    self._require_finite(loss)
-                    self.step += 1
-                    if watch is not None:
-                        watch(Progress(self.step, recipe.steps, loss, self.tokens_per_second))
-                    if self.step % recipe.log_every == 0 or self.step == recipe.steps:
-                        metrics.log(self.step, **self._line(loss))
-                    if self.step % recipe.eval_every == 0 and self.step < recipe.steps:
-                        self._validate(metrics, recipe.eval_batches)
-                    if recipe.save_every and self.step % recipe.save_every == 0:
-                        self.save()
-                saved = self.save()
-                score = None if self._stop else self._validate(metrics, None)
+            while self.step < recipe.steps and not self._stop:
+                begun = time.perf_counter()
+                loss = self._step().item()
+                self.seconds += time.perf_counter() - begun
+                self._require_finite(loss)
+                self.step += 1
+                if watch is not None:
+                    watch(Progress(self.step, recipe.steps, loss, self.tokens_per_second))
+                if self.step % recipe.log_every == 0 or self.step == recipe.steps:
+                    metrics.log(self.step, **self._line(loss))
+                if self.step % recipe.eval_every == 0 and self.step < recipe.steps:
+                    self._validate(metrics, recipe.eval_batches)
+                if recipe.save_every and self.step % recipe.save_every == 0:
+                    self.save()
+            saved = self.save()
+            score = None if self._stop else self._validate(metrics, None)
         finally:
             metrics.close()
         return Outcome(self.step, self.step < recipe.steps, saved, score, self.tokens_per_second)
+
+    def _ask_to_stop(self) -> None:
+        self._stop = True
 
     @property
     def stopped(self) -> bool:
@@ -290,21 +305,3 @@ class Trainer:
             facts,
             self.recipe.keep,
         )
-
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Let the first Ctrl-C end the run after the present step; a second one ends it at once."""
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            self._stop = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        try:
-            before = signal.signal(signal.SIGINT, stop)
-        except ValueError:  # not the main thread: whoever runs it there stops it
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
