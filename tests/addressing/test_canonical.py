@@ -56,6 +56,14 @@ def test_ids_with_holes_keep_their_highest_token() -> None:
     assert vocab.ids[1] == vocab.ids[6] != vocab.ids[9]
 
 
+@pytest.mark.parametrize(
+    "ids", [torch.tensor([0, 1], dtype=torch.int32), torch.zeros(2, 2).long(), torch.tensor([]).long()]
+)
+def test_ids_of_another_kind_are_refused(ids: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"Canonical ids are int64 \[V\], not torch.int(32|64) \[.*\]: convert them"):
+        CanonicalVocab(ids, "tokenizer")
+
+
 def test_save_and_load(tmp_path: Path) -> None:
     vocab = CanonicalVocab(torch.tensor([0, 1, 0, 2]), "mine")
     vocab.save(tmp_path / "map")

@@ -97,3 +97,10 @@ def test_a_history_is_told_of_its_tokens_before_read_returns(make_bank: Make) ->
     history = bank.new_history()
     bank.read(Tokens(torch.ones(1, 2, dtype=torch.int64), history=history))
     assert len(history) == 2
+
+
+def test_what_is_no_tokens_is_refused(make_bank: Make) -> None:
+    bank = make_bank()
+    for tokens in ([torch.zeros(1, 2).long()], "text", None):
+        with pytest.raises(ValueError, match=r"int64 tensor \[B, T\] or as Tokens, not as a (list|str|NoneType)"):
+            bank.prefetch(tokens)  # type: ignore[arg-type]

@@ -41,11 +41,12 @@ class CanonicalVocab:
     """A surjection from raw token ids to canonical ids.
 
     ``ids`` is int64 ``[V]`` on the CPU: the canonical id of every raw id. ``tokenizer_digest`` names the tokenizer
-    that it was made for, so that a checkpoint can refuse another.
+    that it was made for, so that a checkpoint can refuse another. Raises ``ValueError`` for another shape or type.
     """
 
     def __init__(self, ids: Tensor, tokenizer_digest: str):
-        assert ids.dtype == torch.int64 and ids.ndim == 1, "canonical ids are int64 [V]"
+        if ids.dtype != torch.int64 or ids.ndim != 1 or not len(ids):
+            raise ValueError(f"Canonical ids are int64 [V], not {ids.dtype} {list(ids.shape)}: convert them.")
         self.ids = ids
         self.tokenizer_digest = tokenizer_digest
         self.size = int(ids.max()) + 1

@@ -75,6 +75,15 @@ class MemoryBank:
         """Rows over all tables."""
         return sum(table.rows for table in self.tables)
 
+    def rows_per_order(self) -> dict[int, tuple[int, ...]]:
+        """Rows of every layer, one number an order; what a layer is padded with counts to the last."""
+        found = {}
+        for layer, layout in self.addressing.layouts.items():
+            rows = [sum(order) for order in layout.primes]
+            rows[-1] += layout.rows - sum(rows)
+            found[layer] = tuple(rows)
+        return found
+
     @property
     def table_parameters(self) -> int:
         """Numbers in all rows of all tables."""
@@ -230,7 +239,11 @@ def require_known(codec: str, placement: str | StoreFactory) -> None:
 
 
 def _as_tokens(tokens: Tokens | Tensor) -> Tokens:
-    return Tokens(tokens) if isinstance(tokens, Tensor) else tokens
+    if isinstance(tokens, Tensor):
+        return Tokens(tokens)
+    if not isinstance(tokens, Tokens):
+        raise ValueError(f"Tokens come as an int64 tensor [B, T] or as Tokens, not as a {type(tokens).__name__}.")
+    return tokens
 
 
 def _tables(config: EngramConfig, layouts: Mapping[int, LayerLayout]) -> Iterator[Table]:
