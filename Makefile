@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: demo test scoreboard clean
+.NOTPARALLEL:  # both install into one environment
 
 demo: $(VENV)/.installed
 	$(BIN)/engram demo

@@ -84,3 +84,16 @@ def test_recipes_are_listed_one_a_line(engram_process, capsys, monkeypatch):
 def test_a_usage_mistake_is_no_traceback(engram, arguments):
     done = engram(*arguments)
     assert done.code == 2 and "Usage: engram" in done.err and "Traceback" not in done.err
+
+
+def test_the_version(engram):
+    import torch_engram
+
+    assert engram("--version").out == f"torch-engram {torch_engram.__version__}"
+
+
+def test_a_traceback_for_those_who_want_one(engram, monkeypatch):
+    assert engram("train", "tinny").err.startswith("engram: There is no recipe 'tinny'")
+    monkeypatch.setenv("ENGRAM_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="There is no recipe 'tinny'"):
+        engram("train", "tinny")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 from torch_engram.generate import generate
 from torch_engram.train import open_checkpoint
@@ -17,6 +18,7 @@ def test_training_tells_the_score_and_where_the_checkpoint_is(engram, tiny, corp
     done = engram("train", "tiny", *tiny, *sets(f"data={corpus_file}", f"out={tmp_path}"))
     assert done.code == 0 and done.err == ""
     [*_, newest] = checkpoints(tmp_path / "tiny")
+    assert re.search(r"Parameters: total \d\.\d+ M, active \d\.\d+ M, tables 0\.\d+ M", done.out)
     assert f"Saved {newest}; " in done.out and "of the training text seen." in done.out
     last = json.loads((tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"Validation: {last['validation']:.4f} nats/token, {last['bits_per_byte']:.4f} bits/byte over" in done.out
@@ -49,6 +51,30 @@ def test_a_folder_and_a_saved_dataset_are_corpora_too(engram, tiny, corpus_file,
         json.loads((tmp_path / f"runs/{name}/step-00000001/checkpoint.json").read_text()) for name in ("folder", "set")
     ]
     assert facts[0]["sha256"] == facts[1]["sha256"]
+
+
+def test_files_that_are_not_text_are_told_in_one_line(engram_process, tiny, corpus_file, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "all.txt").write_text(corpus_file.read_text())
+    (tmp_path / "folder" / "image.png").write_bytes(b"\0\1")
+    done = engram_process("train", "tiny", *tiny, *sets(f"data={tmp_path / 'folder'}", f"out={tmp_path}", "steps=1"))
+    assert done.code == 0
+    assert (
+        done.err == f"engram: Skipped 1 files of '{tmp_path}/folder' that are not text, as {tmp_path}/folder/image.png."
+    )
+
+
+def test_the_demo_compares_and_reports(engram, corpus_file, tmp_path):
+    settings = sets(f"data={corpus_file}", "model.vocab_size=300", "steps=2", "warmup=1", "seq_len=16", "batch_size=2",
+                    "validation_share=0.2")  # fmt: skip
+    done = engram("demo", "--out", tmp_path / "demo", *settings)
+    assert done.code == 0, done
+    results = {run["name"]: run for run in json.loads((tmp_path / "demo" / "results.json").read_text())}
+    for name, label in (("dense", "dense"), ("moe", "MoE"), ("engram", "MoE + Engram")):
+        assert re.search(rf"│ {re.escape(label)} +│ {results[name]['nats']:.4f} │", done.out), done.out
+    assert re.search(r"MoE \+ Engram against MoE: total .*%.*active .*%", done.out), done.out
+    assert done.out.endswith(f"Report: {tmp_path / 'demo' / 'report.html'}") and "of the training text seen" in done.out
+    assert (tmp_path / "demo" / "report.html").stat().st_size > 20_000
 
 
 def test_sampling_continues_every_prompt(engram, trained):

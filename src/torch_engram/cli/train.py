@@ -28,6 +28,7 @@ def train(
     chosen = change(get_recipe(recipe), settings or [])
     with console.status("Reading the corpus"):
         trainer = Trainer(chosen, resume_run=resume)
+    console.print(f"Parameters: {trainer.account.describe()}.")
     with progress_bar(chosen.name, chosen.steps, trainer.step) as watch:
         outcome = trainer.run(watch)
     if outcome.interrupted:

@@ -16,7 +16,7 @@ from pathlib import Path
 from torch_engram.addressing import layouts
 from torch_engram.config import EngramConfig
 from torch_engram.models import DecoderConfig, MoEConfig
-from torch_engram.models.accounting import Account, account, match_budget
+from torch_engram.models.accounting import Account, match_budget
 from torch_engram.train import Outcome, Progress, Rates, Recipe, TableRecipe, Trainer
 from torch_engram.train.build import Text, build_text, fit_to_text
 from torch_engram.train.metrics import METRICS_FILE
@@ -102,8 +102,7 @@ def run_demo(shared: Recipe, watch: Watch) -> dict[str, DemoRun]:
         trainer = Trainer(recipe, text=text)
         with watch(LABELS[name], recipe.steps) as progress:
             outcome = trainer.run(progress)
-        rows = {(bank.name, table.layer): table.rows for bank in trainer.banks.values() for table in bank.tables}
-        runs[name] = DemoRun(recipe, trainer, outcome, account(trainer.decoder.config, rows, recipe.seq_len))
+        runs[name] = DemoRun(recipe, trainer, outcome, trainer.account)
         if trainer.stopped:
             break
     return runs

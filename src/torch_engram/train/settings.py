@@ -55,7 +55,7 @@ def _nearest_name(key: str, fields: Mapping[str, Any]) -> str:
     names = _names(fields)
     absent = next((name for name in names if key.startswith(f"{name}.") and _at(fields, name) is None), None)
     if absent is not None:
-        return f"this recipe has no {absent}."
+        return f"this recipe has no {absent}; use one that has, or a recipe of your own (engram recipes lists them)."
     last = key.rpartition(".")[2]
     alike = [name for name in names if name.endswith(f".{last}")] or difflib.get_close_matches(key, names, n=1)
     return nearest(key, alike or fields)
