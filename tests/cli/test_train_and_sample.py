@@ -66,7 +66,7 @@ def test_files_that_are_not_text_are_told_in_one_line(engram_process, tiny, corp
 
 def test_the_demo_compares_and_reports(engram, corpus_file, tmp_path):
     settings = sets(f"data={corpus_file}", "model.vocab_size=300", "steps=2", "warmup=1", "seq_len=16", "batch_size=2",
-                    "validation_share=0.2")  # fmt: skip
+                    "validation_share=0.2", "dtype=bf16")  # fmt: skip
     done = engram("demo", "--out", tmp_path / "demo", *settings)
     assert done.code == 0, done
     results = {run["name"]: run for run in json.loads((tmp_path / "demo" / "results.json").read_text())}

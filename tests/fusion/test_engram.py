@@ -154,6 +154,14 @@ def test_bf16_is_near_fp32_and_rounds_once(fusion: str) -> None:
     torch.testing.assert_close(got.float(), exact, rtol=0.05, atol=0.1)
 
 
+def test_rows_of_another_type_are_read_in_the_weights_own() -> None:
+    """A bank that served a training under autocast gives bf16; the same decoder then runs without autocast."""
+    engram = make(hidden=32)
+    streams, embeddings = inputs(engram, 2, 9)
+    rounded = embeddings.bfloat16()
+    assert torch.equal(engram(streams, rounded), engram(streams, rounded.float()))
+
+
 def test_autocast_keeps_the_streams_dtype() -> None:
     engram = make(hidden=32)
     streams, embeddings = inputs(engram, 2, 9)

@@ -74,13 +74,16 @@ class Engram(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Streams with the memory added, ``[B, T, M, d]``; with ``return_gates`` also the gates, fp32 ``[B, T, M]``.
 
-        ``streams`` is ``[B, T, M, d]``, ``embeddings`` ``[B, T, E]``. Where ``live`` (bool ``[B, T]``) is False
-        nothing is added and the gate is 0. ``doc_start`` (bool ``[B, T]``) is True at a document's first position.
-        ``state`` carries the convolution over calls and is advanced; no gradient flows through it. The sum is
-        taken in fp32 and rounded once. Raises ``ValueError`` for shapes that do not fit the configuration.
+        ``streams`` is ``[B, T, M, d]``, ``embeddings`` ``[B, T, E]`` of any floating type. Where ``live`` (bool
+        ``[B, T]``) is False nothing is added and the gate is 0. ``doc_start`` (bool ``[B, T]``) is True at a
+        document's first position. ``state`` carries the convolution over calls and is advanced; no gradient flows
+        through it. The sum is taken in fp32 and rounded once. Raises ``ValueError`` for shapes that do not fit the
+        configuration.
         """
         self._check(streams, embeddings)
         branches, hidden = self.config.branches, self.config.hidden
+        if not torch.is_autocast_enabled(embeddings.device.type):  # which would choose the type itself
+            embeddings = embeddings.to(self.wkv.weight.dtype)
         keys_value = self.wkv(embeddings).unflatten(-1, (branches + 1, hidden))
         keys, value = keys_value[:, :, :-1], keys_value[:, :, -1:]  # [B, T, M, d], [B, T, 1, d]
         alpha = gate(streams, keys, self.query_weight, self.key_weight, self.style)  # [B, T, M]
