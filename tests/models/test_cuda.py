@@ -29,12 +29,15 @@ class Memory:
 @pytest.mark.parametrize("branches", [1, 2])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_equals_the_cpu(branches: int, compiled: bool, bf16: bool) -> None:
-    """Logits and gradients of packed documents with left padding; within bf16's rounding under autocast."""
+@pytest.mark.parametrize("heads", [4, 8])
+def test_equals_the_cpu(branches: int, compiled: bool, bf16: bool, heads: int) -> None:
+    """Heads of 16 are masked by blocks, narrower ones densely.
+
+    Logits and gradients of packed documents with left padding; within bf16's rounding under autocast."""
     torch.manual_seed(0)
     engram = EngramConfig(layers=(1,), hidden=64, vocab_size=40, heads=2, row_dim=8, branches=branches)
     config = DecoderConfig(
-        vocab_size=40, hidden=64, layers=2, heads=4, kv_heads=2, ffn_hidden=96, branches=branches,
+        vocab_size=40, hidden=64, layers=2, heads=heads, kv_heads=2, ffn_hidden=96, branches=branches,
         moe=MoEConfig(4, 2, 32, shared_hidden=32), sinkhorn_iterations=4, engrams={"m": engram},
     )  # fmt: skip
     tokens, embeddings = torch.randint(0, 40, (2, T)), torch.randn(2, T, engram.embedding_dim)

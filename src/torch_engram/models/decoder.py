@@ -168,6 +168,8 @@ class Decoder(nn.Module):
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile each block in place; ``options`` go to ``torch.compile``. Waiting for memory stays outside."""
+        # All blocks of all decoders in a process share one function's cache, and eight kinds of block are soon met.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for block in self.blocks:
             block.compile(**{"fullgraph": True, **options})
 
