@@ -3,9 +3,9 @@
     python dev/tune_demo.py prepare                   # tokenise once
     python dev/tune_demo.py run WORKER WORKERS OUT    # this worker's share of the grid, a CSV of its own
 
-The losses are those of the demo's own models and batches, for 220 steps; a GPU may do it. This grid gave
-dev/tuning/demo-2.csv; demo-1.csv came from lower rates: matrices 2e-3 to 1.6e-2, embedding 4e-3 to 1.6e-2, tables 5e-3
-to 2e-2 (the Engram run without matrices at 2e-3).
+The losses are those of the demo's own models, batches and steps; a GPU may do it. This grid gave dev/tuning/demo-3.csv.
+Before it, with 220 steps, demo-1.csv came from matrices 2e-3 to 1.6e-2, embedding 4e-3 to 1.6e-2, tables 5e-3 to 2e-2
+(the Engram run without matrices at 2e-3), and demo-2.csv from matrices 8e-3 to 3.2e-2, embedding 1.6e-2 to 6.4e-2.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch_engram.train import Rates, TableRecipe, Trainer
 from torch_engram.train.build import build_text
 
 FOLDER = Path("/tmp/tune-demo")
-MATRICES = (8e-3, 1.6e-2, 3.2e-2)
-EMBEDDING = (1.6e-2, 3.2e-2, 6.4e-2)
+MATRICES = (4e-3, 8e-3, 1.6e-2)
+EMBEDDING = (6.4e-2, 1.28e-1, 2.56e-1)
 TABLE = (1e-2, 2e-2, 4e-2)
 HEADER = ("run", "matrices", "embedding", "table", "nats", "tokens", "seconds")
 
@@ -38,7 +38,7 @@ def grid() -> list[tuple[str, float, float, float]]:
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shared = dataclasses.replace(
-        demo_recipe(FOLDER), device=device, steps=220, validation_share=0.02, eval_every=10_000, log_every=1000
+        demo_recipe(FOLDER), device=device, validation_share=0.02, eval_every=10_000, log_every=1000
     )
     text = build_text(shared)
     if sys.argv[1] == "prepare":

@@ -60,7 +60,7 @@ def demo_recipe(out: Path) -> Recipe:
         log_every=5,
         save_every=0,
         keep=1,
-        rates=Rates(matrices=8e-3, embedding=6.4e-2, other=6.4e-2),  # best of the grid in dev/tuning
+        rates=Rates(matrices=8e-3, embedding=1.28e-1, other=1.28e-1),  # best of the grid in dev/tuning
         table=TableRecipe(lr=2e-2),
     )
 
