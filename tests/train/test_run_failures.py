@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import types
 
 import pytest
 import torch
@@ -75,42 +74,6 @@ def test_a_tracker_that_is_not_installed(make_trainer, monkeypatch, tracker):
     trainer = make_trainer(tracker=tracker)
     with pytest.raises(ValueError, match=f"needs the package '{tracker}': pip install {tracker}, or tracker=none"):
         trainer.run()
-
-
-def test_metrics_go_to_trackio_too(make_trainer, lines_of, monkeypatch):
-    sent, calls = [], []
-    fake = types.ModuleType("trackio")
-    fake.init = lambda **options: calls.append(options)
-    fake.log = lambda values, step: sent.append({"step": step, **values})
-    fake.finish = lambda: calls.append("finished")
-    monkeypatch.setitem(sys.modules, "trackio", fake)
-    trainer = make_trainer(tracker="trackio")
-    trainer.run()
-    assert [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in sent] == lines_of(trainer)
-    assert calls[0]["name"] == "run" and calls[0]["config"]["steps"] == 6 and calls[-1] == "finished"
-
-
-def test_metrics_go_to_tensorboard_too(make_trainer, lines_of, monkeypatch):
-    sent = {}
-
-    class Writer:
-        def __init__(self, folder):
-            self.folder = folder
-
-        def add_scalar(self, name, value, step):
-            sent.setdefault(step, {})[name] = value
-
-        def close(self):
-            sent["closed in"] = self.folder
-
-    fake = types.ModuleType("torch.utils.tensorboard")
-    fake.SummaryWriter = Writer
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    trainer = make_trainer(tracker="tensorboard")
-    trainer.run()
-    assert sent.pop("closed in") == str(trainer.folder / "tensorboard")
-    assert set(sent) == {1, 2, 3, 4, 5, 6}
-    assert sent[6]["validation"] == lines_of(trainer)[-1]["validation"]
 
 
 def test_every_line_of_metrics_is_json_with_its_step(make_recipe, tmp_path):
