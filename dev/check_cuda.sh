@@ -1,0 +1,23 @@
+#!/bin/sh
+# Everything once on one CUDA GPU, its log on standard output: the tests marked gpu, then every verb of the command.
+#     sh dev/check_cuda.sh > dev/checks/cuda.log 2>&1
+export PYTHONPATH=src COLUMNS=160
+folder=$(mktemp -d)
+engram() {
+    echo "\$ engram $*" | sed "s#$folder#FOLDER#g"
+    python -c "from torch_engram.cli import main; main()" "$@" 2>&1 | tr '\r' '\n' | sed "s#$folder#FOLDER#g" | tail -n 25
+}
+
+date -u +%F
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+python -c "import sys, torch, triton; print('python', sys.version.split()[0], 'torch', torch.__version__, 'triton', triton.__version__)"
+python -m pytest tests -m gpu -n 8 -p no:cacheprovider -p no:benchmark -W default -rsxf --durations 8 --disable-warnings 2>&1 \
+    | sed "s#$folder#FOLDER#g" | tail -n 80
+engram demo --out "$folder/demo" --set device=cuda --set dtype=bf16 --set steps=40
+engram train small-engram --set device=cuda --set steps=20 --set seq_len=1024 --set out="$folder/runs" --set cache="$folder/cache"
+run=$folder/demo/runs/engram
+engram gates "$run" --text "Only Alexander the Great could tame the horse." --html "$folder/gates.html"
+engram trace --checkpoint "$run" --text "By the way"
+engram sample "$run" --prompt "The United States" --prompt "By the way," --tokens 20 --device cuda
+ls -l "$folder/gates.html" "$folder/demo/report.html" | sed "s#$folder#FOLDER#g" | cut -d' ' -f5-
+rm -rf "$folder"
