@@ -125,8 +125,12 @@ class LateStore:
     def changed(self, space: int) -> Tensor:
         return self.table.changed(space)
 
-    def forget_changes(self) -> None:
-        self.table.forget_changes()
+    @property
+    def counts_from(self) -> int:
+        return self.table.counts_from
+
+    def forget_changes(self) -> int:
+        return self.table.forget_changes()
 
     def _carry_out(self, left: int) -> None:
         while len(self.waiting) > left:

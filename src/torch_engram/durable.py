@@ -1,10 +1,13 @@
-"""Files that survive a kill and a power cut: written beside, synced, renamed."""
+"""Files that survive a kill and a power cut: written beside, synced, renamed; and folders with one writer at a time."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +18,9 @@ from typing import Any, BinaryIO
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file beside ``path`` that takes its place when the block ends, and is gone when the block raises.
 
-    Several processes may replace one path: the last one wins, whole. Raises ``OSError`` when the disk is full.
+    Several may replace one path at once: the last one wins, whole. Raises ``OSError`` when the disk is full.
     """
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(beside, "wb") as file:
             yield file
@@ -27,6 +30,29 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def is_left_over(path: Path, name: str) -> bool:
+    """Whether ``path`` is what a killed :func:`replacing` of a file called ``name`` left beside it."""
+    return re.fullmatch(rf"{re.escape(name)}\.[0-9a-f]{{8}}\.tmp", path.name) is not None
+
+
+@contextmanager
+def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Hold ``folder`` against other processes of this machine; a killed one holds nothing.
+
+    Raises ``BlockingIOError`` when another holds it and this one is not to wait.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            error.filename = str(folder)
+            raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, content: Any) -> None:

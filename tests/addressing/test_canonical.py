@@ -60,7 +60,7 @@ def test_ids_with_holes_keep_their_highest_token() -> None:
     "ids", [torch.tensor([0, 1], dtype=torch.int32), torch.zeros(2, 2).long(), torch.tensor([]).long()]
 )
 def test_ids_of_another_kind_are_refused(ids: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"Canonical ids are int64 \[V\], not torch.int(32|64) \[.*\]: convert them"):
+    with pytest.raises(ValueError, match=r"Canonical ids are torch.int(32|64) \[.*\]: give int64 \[V\]"):
         CanonicalVocab(ids, "tokenizer")
 
 

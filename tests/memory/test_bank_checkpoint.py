@@ -16,8 +16,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from torch_engram.memory import MemoryBank, Tokens, load_bank, open_bank, save_bank
+from torch_engram.memory import MemoryBank, Tokens, checkpoint, load_bank, open_bank, save_bank
 from torch_engram.optim import RowAdam, RowwiseAdam
+from torch_engram.stores import DeviceStore
 
 Make = Callable[..., MemoryBank]
 Run = Callable[..., list[float]]
@@ -81,8 +82,9 @@ def edit(path: Path, change: Any) -> None:
 @pytest.mark.parametrize("damage, sentence", [
     ("no facts", r"is not a saved memory \(no readable memory\.json\): give the saved folder"),
     ("half the facts", "is not a saved memory"),
+    ("a fact less", r"memory\.json has no 'seed': it is damaged, or another version's"),
     ("list", "is not a saved memory"),
-    ("foreign", "is not a saved memory"),
+    ("foreign", r"memory\.json has no 'name': it is damaged"),
     ("no layouts", r"memory\.json holds no layouts that can be read"),
     ("a layer less", r"memory\.json has no layout for each layer"),
     ("config", r"EngramConfig has no field 'head'"),
@@ -105,6 +107,8 @@ def test_damage_is_named_in_one_sentence(
             facts.unlink()
         case "half the facts":
             facts.write_text(facts.read_text()[:99])
+        case "a fact less":
+            edit(facts, lambda f: f.pop("seed"))
         case "list":
             facts.write_text("[]")
         case "foreign":
@@ -275,6 +279,130 @@ def test_a_folder_that_is_not_as_the_bank_left_it_is_written_anew(
     reopened = open_bank(tmp_path, optimizer=RowAdam)
     assert all(torch.equal(a, b) for a, b in zip(every_record(reopened), every_record(bank), strict=True))
     assert len(parts_of(tmp_path)) == len(bank.tables)  # and what the others left is gone
+
+
+def test_a_save_by_another_while_loading_is_not_built_upon(
+    make_bank: Make, train: Run, every_record: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, reader = (make_bank(optimizer=RowAdam) for _ in range(2))
+    save_bank(trainer, tmp_path)
+    real = checkpoint.load_table
+
+    def load_while_another_saves(*arguments: Any) -> None:
+        real(*arguments)
+        train(trainer, [[Tokens(torch.randint(60, (1, 2)))]])
+        save_bank(trainer, tmp_path)
+
+    monkeypatch.setattr(checkpoint, "load_table", load_while_another_saves)
+    load_bank(reader, tmp_path)
+    monkeypatch.undo()
+    train(reader, [[Tokens(torch.tensor([[5]]))]])
+    save_bank(reader, tmp_path)
+    found = every_record(open_bank(tmp_path, optimizer=RowAdam))
+    assert all(torch.equal(a, b) for a, b in zip(found, every_record(reader), strict=True))
+
+
+def test_two_banks_over_one_store_keep_their_own_folders_whole(
+    make_bank: Make, train: Run, every_record: Records, tmp_path: Path
+) -> None:
+    shared: dict[Any, DeviceStore] = {}
+
+    def place(layout: Any, spaces: Any, device: torch.device) -> DeviceStore:
+        return shared.setdefault(layout, DeviceStore(layout, spaces, device))
+
+    one, two = (make_bank(optimizer=RowAdam, placement=place, name=name) for name in ("one", "two"))
+    save_bank(one, tmp_path / "one")
+    save_bank(two, tmp_path / "two")
+    train(one, [[Tokens(torch.randint(60, (1, 4)))]])
+    save_bank(one, tmp_path / "one")
+    train(one, [[Tokens(torch.randint(60, (1, 4)))]])
+    save_bank(two, tmp_path / "two")
+    found = every_record(open_bank(tmp_path / "two", optimizer=RowAdam))
+    assert all(torch.equal(a, b) for a, b in zip(found, every_record(two), strict=True))
+
+
+def test_a_reader_does_not_save_a_memory_without_its_moments(trained: MemoryBank, tmp_path: Path) -> None:
+    save_bank(trained, tmp_path / "own")
+    before, reader = files(tmp_path / "own"), open_bank(tmp_path / "own")
+    with pytest.raises(
+        ValueError, match=r"own also holds mean, moment, which this bank would lose: save to another folder"
+    ):
+        save_bank(reader, tmp_path / "own")
+    assert files(tmp_path / "own") == before
+    save_bank(reader, tmp_path / "another")
+
+
+def test_other_peoples_files_stay(trained: MemoryBank, tmp_path: Path) -> None:
+    others = ["table-results/rows-1.csv", "canonical-mine.safetensors.bak", "table-00/notes.txt", "memory.json.bak"]
+    for name in others:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "memory.json.0123abcd.tmp").write_text("left by a kill")
+    for _ in range(2):
+        save_bank(trained, tmp_path)
+    assert all((tmp_path / name).read_text() == "mine" for name in others)
+    assert not list(tmp_path.glob("memory.json.*.tmp"))
+
+
+def test_a_failed_save_over_a_damaged_memory_removes_nothing_that_was_there(
+    trained: MemoryBank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_bank(trained, tmp_path)
+    (tmp_path / "memory.json").write_bytes(b"{" + (tmp_path / "memory.json").read_bytes())
+    before = files(tmp_path)
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.CanonicalVocab, "save", full)  # after all parts were written
+    with pytest.raises(OSError, match="No space left"):
+        save_bank(trained, tmp_path)
+    assert files(tmp_path) == before
+
+
+def test_another_tokenizers_vocabulary_does_not_take_the_earlier_ones_place(
+    trained: MemoryBank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have the same map, and a killed save may have written the later one already."""
+    assert trained.addressing.vocab is not None
+    own, call, died = trained.addressing.vocab.tokenizer_digest, 0, True
+    while died:
+        trained.addressing.vocab.tokenizer_digest = own
+        save_bank(trained, tmp_path)
+        trained.addressing.vocab.tokenizer_digest = "another"
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            came_to_that = die_at(patch, call)
+            save_bank(trained, tmp_path)
+        vocab = open_bank(tmp_path).addressing.vocab
+        assert vocab is not None and vocab.tokenizer_digest in (own, "another")
+        died, call = came_to_that(), call + 1
+    assert vocab.tokenizer_digest == "another" and call > 8
+
+
+SAVES = """
+import sys, torch
+from pathlib import Path
+from torch_engram.memory import open_bank, save_bank
+from torch_engram.optim import RowAdam
+torch.set_num_threads(1)
+bank = open_bank(Path(sys.argv[1]), optimizer=RowAdam)
+for _ in range(15):
+    step = bank.prefetch(torch.randint(60, (1, 4)))
+    sum(step[0].wait(layer)["engram"].sum() for layer in bank.config.layers).backward()
+    step.reduce()
+    step.apply()
+    save_bank(bank, Path(sys.argv[2]))
+"""
+
+
+def test_two_processes_save_into_one_folder_one_after_the_other(saved: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SAVES, str(saved), str(tmp_path / "both")]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        _, complaint = process.communicate(timeout=120)
+        assert not process.returncode, complaint
+    bank = open_bank(tmp_path / "both", optimizer=RowAdam)
+    assert len(parts_of(tmp_path / "both")) <= len(bank.tables) * 15
 
 
 def die_at(patch: pytest.MonkeyPatch, call: int) -> Callable[[], bool]:

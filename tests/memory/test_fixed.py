@@ -107,9 +107,16 @@ def test_what_is_out_of_order_is_refused(make_bank: Make) -> None:
     with pytest.raises(ValueError, match=r"not merged yet: call merge\(\) after each replay"):
         fixed.load(step)
     fixed.merge()
+    for micro in (1, -1):
+        with pytest.raises(IndexError, match="has 1 micro-batches, no number"):
+            fixed.load(step, micro)
+    with pytest.raises(ValueError, match="another bank's: load those that memory 'engram' prefetched"):
+        fixed.load(make_bank(optimizer=RowAdam).prefetch(torch.zeros(2, 7, dtype=torch.int64)))
+    fixed.load(step)
     step.discard()
     with pytest.raises(ValueError, match="applied or discarded"):
         fixed.load(step)
+    fixed.load(bank.prefetch(torch.zeros(2, 7, dtype=torch.int64)))  # a step that was given up needs no merge
     for ids in torch.zeros(3, 2, 7, dtype=torch.int64):  # a reader has nothing to merge
         fixed_reader.load(reader.prefetch(ids))
         assert not fixed_reader.wait(1)["engram"].requires_grad
@@ -138,6 +145,36 @@ def test_a_captured_network_trains_as_one_that_is_called(
     assert train_fixed(banks[1], fixed, replay, batches(dead=True)) == expected
     mine, theirs = every_record(banks[1]), every_record(banks[0])
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_nothing_is_overwritten_when_the_host_runs_ahead(
+    make_bank: Make, every_record: Records, placement: str
+) -> None:
+    """Steps prefetched ahead, no masks, nothing read back: the host never waits, and memory is used again at once."""
+    data = [torch.randint(60, (BATCH, 300), device="cuda") for _ in range(40)]
+    records = []
+    for fixes in (False, True):
+        bank = make_bank(optimizer=lambda p: RowAdam(p, lr=0.05), device="cuda", placement=placement)
+        network = Network(bank.config.embedding_dim).cuda()
+        memory = FixedMemory(bank, BATCH, 300)
+        graph, _ = captured(memory, network)
+        ahead = bank.prefetch(data[0])
+        for following in [*data[1:], data[0]]:
+            step, ahead = ahead, bank.prefetch(following)
+            if fixes:
+                memory.load(step)
+                graph.replay()
+                memory.merge()
+            else:
+                network(step[0]).backward()
+                torch.cuda.synchronize()
+            step.reduce()
+            step.apply()
+        ahead.discard()
+        records.append(every_record(bank))
+    assert all(torch.equal(a, b) for a, b in zip(*records, strict=True))
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ from torch_engram.stores import (
     check_table,
     load_table,
     parts,
-    remove_parts,
+    parts_in,
     save_table,
     update_table,
 )
@@ -97,12 +97,15 @@ def test_an_update_writes_the_changed_rows_alone_until_they_are_half_of_the_tabl
     assert not manifest.changes
 
 
-@pytest.mark.parametrize("why", ["a part is gone", "other planes"])
+@pytest.mark.parametrize("why", ["a part is gone", "a part is cut off", "other planes"])
 def test_what_cannot_be_added_to_is_written_anew(tmp_path: Path, why: str) -> None:
     records, layout = records_of(10), LAYOUT
     manifest = save(tmp_path, records)
+    whole = tmp_path / manifest.parts[0].file
     if why == "a part is gone":
-        (tmp_path / manifest.parts[0].file).unlink()
+        whole.unlink()
+    elif why == "a part is cut off":
+        whole.write_bytes(whole.read_bytes()[:-1])
     else:
         layout = RecordLayout(LAYOUT.planes[:2])
         records = records_of(10, layout)
@@ -110,17 +113,21 @@ def test_what_cannot_be_added_to_is_written_anew(tmp_path: Path, why: str) -> No
     assert torch.equal(load(tmp_path, manifest, 10, layout), records) and not manifest.changes
 
 
-def test_parts_that_nobody_names_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    records = records_of(10)
-    first = save(tmp_path, records)
-    second = update_table(tmp_path, first, torch.tensor([3]), LAYOUT, records_of(10).__getitem__)
-    for name in ("notes.txt", "unnamed.77.tmp", "unnamed"):
+def test_parts_are_told_from_other_files(tmp_path: Path) -> None:
+    manifest = save(tmp_path, records_of(10), rows_per_part=8)
+    manifest = update_table(tmp_path, manifest, torch.tensor([3]), LAYOUT, records_of(10).__getitem__)
+    mine = {"unnamed.0123abcd.tmp", "unnamed", *(part.file for part in manifest.parts)}
+    others = {
+        "notes.txt",
+        "rows-by-country.csv",
+        "changes-of-2024.safetensors",
+        "unnamed.txt",
+        "my-" + manifest.parts[0].file,
+    }
+    for name in ("unnamed.0123abcd.tmp", "unnamed", *others):
         (tmp_path / name).write_text("")
-    remove_parts(tmp_path, [part.file for part in first.parts])
-    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", first.parts[0].file}
-    assert torch.equal(load(tmp_path, first, 10), records)
-    with pytest.raises(ValueError, match="cannot be read"):
-        load(tmp_path, second, 10)
+    (tmp_path / f"changes-{'0' * 16}.safetensors").mkdir()
+    assert {path.name for path in parts_in(tmp_path)} == mine and len(manifest.parts) == 3
 
 
 def test_parts_are_safetensors_with_aligned_data(tmp_path: Path) -> None:

@@ -178,3 +178,21 @@ except ValueError as error:
     folder = Path(recipe.out) / recipe.name
     assert said == 3 * [f"Another process trains in {folder}: wait for it, or set another name= or out=."]
     assert [line["step"] for line in read_metrics(folder)][-1] == 3
+
+
+def test_a_run_that_another_made_out_of_date_is_refused(make_recipe: Callable[..., Recipe]) -> None:
+    one, other = Trainer(make_recipe(steps=3)), Trainer(make_recipe(steps=3, seed=7))  # both find the folder empty
+    one.run()
+    lines = (one.folder / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"Another process trained in .* meanwhile: set another name= or out="):
+        other.run()
+    assert (one.folder / "metrics.jsonl").read_text() == lines
+
+
+def test_an_ignored_interrupt_stays_ignored(make_recipe: Callable[..., Recipe]) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        outcome = Trainer(make_recipe(steps=3)).run(lambda progress: os.kill(os.getpid(), signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert outcome.step == 3 and not outcome.interrupted

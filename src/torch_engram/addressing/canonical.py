@@ -46,7 +46,7 @@ class CanonicalVocab:
 
     def __init__(self, ids: Tensor, tokenizer_digest: str):
         if ids.dtype != torch.int64 or ids.ndim != 1 or not len(ids):
-            raise ValueError(f"Canonical ids are int64 [V], not {ids.dtype} {list(ids.shape)}: convert them.")
+            raise ValueError(f"Canonical ids are {ids.dtype} {list(ids.shape)}: give int64 [V], one for each raw id.")
         self.ids = ids
         self.tokenizer_digest = tokenizer_digest
         self.size = int(ids.max()) + 1

@@ -60,8 +60,8 @@ class MemoryBank:
         self._proxies = [nn.Parameter(torch.empty(0, table.dim, device=self.device)) for table in self.tables]
         self.optimizer = optimizer(self._proxies) if optimizer is not None else None
         self._sources = self._make_sources(placement)
-        self.saved: tuple[Path, str] | None = None
-        """The folder, and the digest of its contents, that the stores count their rows' changes from."""
+        self.saved: tuple[Path, str, tuple[int, ...]] | None = None
+        """Where the rows were last saved to or loaded from: folder, digest of its contents, since when stores count."""
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-prefetch")
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 

@@ -1,7 +1,7 @@
 """A bank on disk: its tables, and everything that says what the rows mean.
 
 - ``memory.json``: name, configuration, layouts (multipliers, primes), codec, seed, digests, and each table's manifest;
-- ``canonical-<digest>.safetensors``: the canonical vocabulary (scheme ``engram``);
+- ``canonical-<digests>.safetensors``: the canonical vocabulary (scheme ``engram``);
 - ``table-00/`` and so on: the parts of each table, named by their content.
 
 ``memory.json`` is written last and alone says what belongs to the memory, so a save into a folder that holds one
@@ -11,8 +11,11 @@ again, and a bank refuses rows of another.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from torch_engram.addressing import CanonicalVocab, LayerLayout
 from torch_engram.config import EngramConfig
-from torch_engram.durable import file_digest, sync, write_json
+from torch_engram.durable import alone_in, is_left_over, replacing, sync
 from torch_engram.memory.bank import MemoryBank
 from torch_engram.memory.rows import Table
 from torch_engram.stores import (
@@ -29,7 +32,8 @@ from torch_engram.stores import (
     check_table,
     load_table,
     make_keys,
-    remove_parts,
+    parts_in,
+    planes_of,
     save_table,
     update_table,
 )
@@ -37,105 +41,166 @@ from torch_engram.stores import (
 _FACTS = "memory.json"
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """A memory's folder as its :data:`memory.json` has it."""
+
+    folder: Path
+    facts: dict[str, Any]
+    tables: list[Manifest]
+    digest: str
+    """sha256 of the very bytes that were read."""
+
+    @classmethod
+    def read(cls, folder: Path) -> _Saved:
+        """Raises ``ValueError`` when there is none, or one that cannot be read."""
+        path = folder / _FACTS
+        try:
+            data = path.read_bytes()
+            content = json.loads(data)
+            facts = {key: content[key] for key in _NAMES}
+            tables = content["tables"]
+        except KeyError as error:
+            raise ValueError(
+                f"{path} has no {error}: it is damaged, or another version's; use an intact copy."
+            ) from error
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"{folder} is not a saved memory (no readable {_FACTS}): give the saved folder."
+            ) from error
+        try:
+            manifests = [Manifest.from_dict(table) for table in tables]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not name the parts of its tables: use an intact copy.") from error
+        return cls(folder, facts, manifests, hashlib.sha256(data).hexdigest())
+
+
 def save_bank(bank: MemoryBank, directory: Path) -> None:
     """Write the bank into ``directory``, streaming. Until the end, what the folder held before stays whole.
 
-    Into the folder that the bank was last saved to or loaded from go only the rows that changed since.
-    Raises ``OSError`` when the disk is full.
+    Into the folder that the bank was last saved to or loaded from go only the rows that changed since. Two processes
+    of one machine save into a folder one after the other. Raises ``OSError`` when the disk is full, and ``ValueError``
+    when the bank lacks planes, such as moments, of that folder's memory.
     """
     directory.mkdir(parents=True, exist_ok=True)
     bank.flush()
-    try:
-        content = {**facts(bank), "tables": [manifest.to_dict() for manifest in _write_tables(bank, directory)]}
-        if bank.addressing.vocab is not None:
-            bank.addressing.vocab.save(directory / _canonical(content))
+    with alone_in(directory, wait=True):
+        before = _files(directory)
+        try:
+            tables = list(_write_tables(bank, directory))
+            content = {**facts(bank), "tables": [manifest.to_dict() for manifest in tables]}
+            if bank.addressing.vocab is not None:
+                bank.addressing.vocab.save(directory / _canonical(content))
+            sync(directory)
+            data = json.dumps(content, indent=1).encode()
+            with replacing(directory / _FACTS) as file:
+                file.write(data)
+        except OSError:  # a full disk should not stay full for parts that nobody can use
+            _remove(_files(directory) - before)
+            raise
         sync(directory)
-        write_json(directory / _FACTS, content)
-        sync(directory)
-    finally:  # after a full disk, too: it should not stay full for parts that nobody can use
-        _remove_strays(directory)
-    _settle(bank, directory)
+        named = {directory / _folder(space) / part.file for space, table in enumerate(tables) for part in table.parts}
+        _remove(_files(directory) - named - {directory / _canonical(content)})
+        _settle(bank, directory, hashlib.sha256(data).hexdigest())
 
 
 def _write_tables(bank: MemoryBank, directory: Path) -> Iterator[Manifest]:
-    earlier: list[Manifest] = []
-    if (directory / _FACTS).exists() and bank.saved == _identity(directory):
-        earlier = _read_manifests(directory, _read_facts(directory))
+    earlier = _counted_from(bank, directory)
     for number, table in enumerate(bank.tables):
         folder, source = directory / _folder(table.space), bank.source(table)
         layout, read = source.format.layout, _reader(bank, table)
-        if earlier and isinstance(source.store, WritableStore):
-            yield update_table(folder, earlier[number], source.store.changed(table.space), layout, read)
+        if earlier is not None and isinstance(source.store, WritableStore):
+            lost = earlier.tables[number].planes.keys() - planes_of(layout)
+            if lost:
+                raise ValueError(
+                    f"{directory} also holds {', '.join(sorted(lost))}, which this bank would lose: save to another "
+                    "folder, or open it with the row optimiser that it was trained with."
+                )
+            yield update_table(folder, earlier.tables[number], source.store.changed(table.space), layout, read)
         else:
             yield save_table(folder, table.rows, layout, read)
 
 
-def _settle(bank: MemoryBank, directory: Path) -> None:
-    """The bank's rows are those of ``directory``: count changes from here on."""
-    for table in bank.tables:
-        store = bank.source(table).store
-        if isinstance(store, WritableStore):
-            store.forget_changes()
-    bank.saved = _identity(directory)
-
-
-def _identity(directory: Path) -> tuple[Path, str]:
-    return directory.resolve(), file_digest(directory / _FACTS)
-
-
-def _remove_strays(directory: Path) -> None:
-    """Remove parts and vocabularies that :data:`memory.json` does not name."""
+def _counted_from(bank: MemoryBank, directory: Path) -> _Saved | None:
+    """What ``directory`` holds, where the bank's stores count their changes from just that."""
+    if not (directory / _FACTS).exists() or bank.saved is None:
+        return None
     try:
-        saved = _read_facts(directory)
-        manifests = enumerate(_read_manifests(directory, saved))
-        kept = {_folder(space): {part.file for part in manifest.parts} for space, manifest in manifests}
-        canonical = _canonical(saved)
-    except ValueError:
-        kept, canonical = {}, ""
-    for folder in directory.glob("table-*"):
-        remove_parts(folder, kept.get(folder.name, ()))
-    for path in directory.glob("canonical-*.safetensors*"):
-        if path.name != canonical:
-            path.unlink()
+        saved = _Saved.read(directory)
+    except ValueError:  # to be replaced
+        return None
+    return saved if bank.saved == (directory.resolve(), saved.digest, _counts(bank)) else None
+
+
+def _settle(bank: MemoryBank, directory: Path, digest: str) -> None:
+    """The bank's rows are those of ``directory``: count changes from here on."""
+    for store in _stores(bank):
+        store.forget_changes()
+    bank.saved = directory.resolve(), digest, _counts(bank)
+
+
+def _counts(bank: MemoryBank) -> tuple[int, ...]:
+    """Since when each store counts; another bank that shares one may have made it forget."""
+    return tuple(store.counts_from for store in _stores(bank))
+
+
+def _stores(bank: MemoryBank) -> list[WritableStore]:
+    """Each once."""
+    stores = {id(bank.source(table).store): bank.source(table).store for table in bank.tables}
+    return [store for store in stores.values() if isinstance(store, WritableStore)]
+
+
+def _files(directory: Path) -> set[Path]:
+    """Everything in ``directory`` that is named as a save names its files, but for :data:`memory.json`."""
+    found = {path for path in directory.iterdir() if _CANONICAL.fullmatch(path.name) or is_left_over(path, _FACTS)}
+    for folder in directory.iterdir():
+        if _TABLE.fullmatch(folder.name) and folder.is_dir():
+            found |= parts_in(folder)
+    return found
+
+
+def _remove(paths: set[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def load_bank(bank: MemoryBank, directory: Path) -> None:
     """Fill ``bank`` with saved rows. Raises ``ValueError`` naming what differs, before any row has changed, or the file
     that is damaged."""
-    saved, mine = _read_facts(directory), facts(bank)
+    saved, mine = _Saved.read(directory), facts(bank)
     for key, value in mine.items():
-        if saved[key] != value:
+        if saved.facts[key] != value:
             raise ValueError(f"{directory} holds a memory with another {_NAMES[key]}: build the bank with open_bank().")
     if any(bank.source(table).in_use for table in bank.tables):
         raise ValueError("Steps were prefetched from this bank: apply or discard them before loading other rows.")
-    manifests = _read_manifests(directory, saved)
-    if len(manifests) != len(bank.tables):
+    if len(saved.tables) != len(bank.tables):
         raise ValueError(f"{directory / _FACTS} does not name the parts of its tables: use an intact copy.")
-    for table, manifest in zip(bank.tables, manifests, strict=True):
+    for table, manifest in zip(bank.tables, saved.tables, strict=True):
         check_table(directory / _folder(table.space), manifest, table.rows, bank.source(table).format.layout)
-    for table, manifest in zip(bank.tables, manifests, strict=True):
+    bank.saved = None
+    for table, manifest in zip(bank.tables, saved.tables, strict=True):
         layout = bank.source(table).format.layout
         load_table(directory / _folder(table.space), manifest, layout, _writer(bank, table))
     bank.flush()
-    _settle(bank, directory)
+    _settle(bank, directory, saved.digest)
 
 
 def open_bank(directory: Path, **options: Any) -> MemoryBank:
     """A bank as it was saved. ``options``: ``optimizer``, ``placement``, ``device``, ``dtype`` as for
     :class:`MemoryBank`; without ``optimizer`` the bank is for reading only."""
-    saved = _read_facts(directory)
-    path = directory / _canonical(saved)
+    saved = _Saved.read(directory)
+    facts, path = saved.facts, directory / _canonical(saved.facts)
     try:
-        vocab = CanonicalVocab.load(path) if saved["canonical_digest"] else None
+        vocab = CanonicalVocab.load(path) if facts["canonical_digest"] else None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): use an intact copy.") from error
-    if vocab is not None and vocab.digest != saved["canonical_digest"]:
+    if vocab is not None and vocab.digest != facts["canonical_digest"]:
         raise ValueError(f"{path} is not the vocabulary of this memory: use an intact copy.")
-    config, layouts = EngramConfig.from_dict(saved["config"]), _read_layouts(directory, saved)
+    config, layouts = EngramConfig.from_dict(facts["config"]), _read_layouts(directory, facts)
     if list(layouts) != list(config.layers):
         raise ValueError(f"{directory / _FACTS} has no layout for each layer of its configuration: use an intact copy.")
     bank = MemoryBank(
-        config, vocab, name=saved["name"], codec=saved["codec"], seed=saved["seed"], layouts=layouts, **options
+        config, vocab, name=facts["name"], codec=facts["codec"], seed=facts["seed"], layouts=layouts, **options
     )
     load_bank(bank, directory)
     return bank
@@ -166,13 +231,8 @@ _NAMES = {
 }
 
 
-def _read_facts(directory: Path) -> dict[str, Any]:
-    try:
-        saved: dict[str, Any] = json.loads((directory / _FACTS).read_text())
-        {key: saved[key] for key in (*_NAMES, "tables")}
-        return saved
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{directory} is not a saved memory (no readable {_FACTS}): give the saved folder.") from error
+_TABLE = re.compile(r"table-\d{2,}")
+_CANONICAL = re.compile(r"canonical-[0-9a-f]{16}\.safetensors(\.[0-9a-f]{8}\.tmp)?")
 
 
 def _read_layouts(directory: Path, saved: dict[str, Any]) -> dict[int, LayerLayout]:
@@ -182,16 +242,10 @@ def _read_layouts(directory: Path, saved: dict[str, Any]) -> dict[int, LayerLayo
         raise ValueError(f"{directory / _FACTS} holds no layouts that can be read: use an intact copy.") from error
 
 
-def _read_manifests(directory: Path, saved: Mapping[str, Any]) -> list[Manifest]:
-    """One a table, in the order of their spaces."""
-    try:
-        return [Manifest.from_dict(content) for content in saved["tables"]]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{directory / _FACTS} does not name the parts of its tables: use an intact copy.") from error
-
-
-def _canonical(saved: Mapping[str, Any]) -> str:
-    return f"canonical-{str(saved['canonical_digest'])[:16]}.safetensors"
+def _canonical(facts: dict[str, Any]) -> str:
+    """The vocabulary's file, by all that it holds: another tokenizer's may have the same map."""
+    content = f"{facts['canonical_digest']} {facts['tokenizer_digest']}"
+    return f"canonical-{hashlib.sha256(content.encode()).hexdigest()[:16]}.safetensors"
 
 
 def _folder(space: int) -> str:

@@ -6,8 +6,9 @@ reads them, and the gradients that it left are merged::
     fixed = FixedMemory(bank, batch_size, seq_len)
     with torch.cuda.graph(graph):
         network(tokens, fixed).backward()
-    for batch in batches:
-        step = bank.prefetch(batch)
+    ahead = bank.prefetch(batches[0])
+    for batch, following in zip(batches, batches[1:]):
+        step, ahead = ahead, bank.prefetch(following)
         tokens.copy_(batch)
         fixed.load(step)
         graph.replay()
@@ -28,8 +29,8 @@ from torch_engram.memory.working_set import Memory, WorkingSet
 class FixedMemory(Memory):
     """The embeddings ``[B, T, E]`` of every layer of ``bank``, always the same tensors.
 
-    ``wait(layer)`` makes the stream that calls it wait for that layer's rows, and is recorded by a capture: a replay
-    computes its first layers while the rows of later ones are on their way. On a CPU there is nothing to wait for.
+    ``wait(layer)`` makes the bank's current stream wait for that layer's rows, and is recorded by a capture: a replay
+    computes its first layers while those of later ones are copied and expanded. On a CPU there is nothing to wait for.
     """
 
     def __init__(self, bank: MemoryBank, batch_size: int, seq_len: int):
@@ -55,15 +56,19 @@ class FixedMemory(Memory):
         if layer not in self._embeddings:
             return {}
         if layer in self._arrived:
-            self._arrived[layer].wait()
+            self._arrived[layer].wait(torch.cuda.current_stream(self._bank.device))
         return {self._bank.name: self._embeddings[layer]}
 
     def load(self, step: WorkingSet, micro: int = 0) -> None:
-        """Begin to fill the embeddings with micro-batch ``micro`` of ``step``; returns before they are there.
+        """Fill the embeddings with micro-batch ``micro`` of ``step``. On a GPU it returns when the rows have been read
+        from where they live, before they are copied and expanded.
 
-        Raises ``ValueError`` when its tokens are not ``[B, T]``, or the last gradients were not merged.
+        Raises ``ValueError`` when the step is another bank's, its tokens are not ``[B, T]``, or the gradients of the
+        one before were not merged.
         """
-        if self._loaded is not None and self._bank.optimizer is not None:
+        if not step.of(self._bank):
+            raise ValueError(f"This step is another bank's: load those that memory {self._bank.name!r} prefetched.")
+        if self._loaded is not None and not self._loaded[0].done and self._bank.optimizer is not None:
             raise ValueError("The gradients of the step before are not merged yet: call merge() after each replay.")
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._bank.device))  # the last replay still reads
@@ -74,6 +79,8 @@ class FixedMemory(Memory):
                     leaf.grad.zero_()
             if layer in self._arrived:
                 self._arrived[layer].record(self._stream)
+        if self._stream is not None:
+            step.used_on(self._stream)
         self._loaded = step, micro
 
     def merge(self) -> None:
@@ -85,7 +92,9 @@ class FixedMemory(Memory):
             raise ValueError("There are no gradients to merge: load() a step of a bank with an optimizer first.")
         (step, micro), self._loaded = self._loaded, None
         if self._stream is not None:
-            step.hand_over(self._stream)
+            current = torch.cuda.current_stream(self._bank.device)
+            current.wait_stream(self._stream)
+            step.used_on(current)
         for layer, leaf in self._embeddings.items():
             assert leaf.grad is not None
             step.merge(layer, micro, leaf.grad)

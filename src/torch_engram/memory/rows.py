@@ -83,8 +83,7 @@ class TouchedRows:
         if self._ready is not None:
             stream = torch.cuda.current_stream(self.keys.device)
             stream.wait_event(self._ready)
-            for tensor in self._tensors():
-                tensor.record_stream(stream)
+            self.used_on(stream)
         self.planes = self.source.decode(self.keys, self._records, self.epoch)
         self.release()
         self.epoch = self.source.newest
@@ -95,18 +94,14 @@ class TouchedRows:
             self._released, self._records = True, None
             self.source.end_read(self.epoch)
 
-    def hand_over(self, stream: torch.cuda.Stream) -> None:
-        """Keep the planes' memory from being used again before ``stream`` is done with them."""
-        assert self.planes is not None, "decode comes before hand_over"
-        for plane in self.planes.values():
-            plane.record_stream(stream)
-
-    def _tensors(self) -> list[Tensor]:
-        assert self._records is not None
-        parts = [self.keys, self._records, *(mask for mask in self.live if mask is not None)]
+    def used_on(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of all that is here from being used again before ``stream`` is done with it."""
+        tensors = [self.keys, self._records, *self.live, *(self.planes or {}).values()]
         for segments in self.segments:
-            parts += [segments.inverse, segments.order, segments.starts]
-        return parts
+            tensors += [segments.inverse, segments.order, segments.starts]
+        for tensor in tensors:
+            if tensor is not None:
+                tensor.record_stream(stream)
 
     def expand(self, micro: int, out: Tensor) -> None:
         """Write the rows of micro-batch ``micro`` to their positions in ``out`` ``[B, T, c·dim]``, and zero to dead

@@ -71,14 +71,17 @@ class WorkingSet:
 
     def __getitem__(self, micro: int) -> Memory:
         """The memory of micro-batch ``micro``."""
-        if not 0 <= micro < self._micro_batches:
-            raise IndexError(f"This working set has {self._micro_batches} micro-batches, no number {micro}.")
+        self._require(micro)
         return Memory(lambda layer: self._wait(layer, micro))
 
     @property
     def touched(self) -> int:
         """U over all tables: the distinct rows that this step touches. Waits for all of them."""
         return sum(len(rows.keys) for rows in self._all_rows())
+
+    def _require(self, micro: int) -> None:
+        if not 0 <= micro < self._micro_batches:
+            raise IndexError(f"This working set has {self._micro_batches} micro-batches, no number {micro}.")
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -106,7 +109,8 @@ class WorkingSet:
 
         Raises ``ValueError`` when ``out`` has another shape.
         """
-        if self._state == "done":
+        self._require(micro)
+        if self.done:
             raise ValueError("This working set was applied or discarded: prefetch the tokens again.")
         rows = self._ready(layer)
         shape = (*rows[0].shapes[micro], sum(touched.width for touched in rows))
@@ -141,12 +145,19 @@ class WorkingSet:
         leaf.requires_grad_().register_post_accumulate_grad_hook(merge)
         return leaf
 
-    def hand_over(self, stream: torch.cuda.Stream) -> None:
-        """Let the current stream go on with rows that :meth:`expand` was called for on ``stream``."""
-        current = torch.cuda.current_stream(self._bank.device)
-        current.wait_stream(stream)
+    def used_on(self, stream: torch.cuda.Stream) -> None:
+        """The rows are used on ``stream``, too, besides the one on which they were first waited for."""
         for rows in self._all_rows():
-            rows.hand_over(current)
+            rows.used_on(stream)
+
+    def of(self, bank: MemoryBank) -> bool:
+        """Whether ``bank`` made it."""
+        return self._bank is bank
+
+    @property
+    def done(self) -> bool:
+        """Whether it was applied or discarded."""
+        return self._state == "done"
 
     # -- writing --------------------------------------------------------------------------------------------------
 

@@ -3,8 +3,8 @@
 from torch_engram.stores.codecs import CODECS, Codec, Component
 from torch_engram.stores.device import DeviceStore
 from torch_engram.stores.host import HostStore
-from torch_engram.stores.manifest import Manifest
-from torch_engram.stores.parts import check_table, load_table, remove_parts, save_table, update_table
+from torch_engram.stores.manifest import Manifest, planes_of
+from torch_engram.stores.parts import check_table, load_table, parts_in, save_table, update_table
 from torch_engram.stores.protocol import Store, WritableStore
 from torch_engram.stores.records import Plane, RecordLayout, RowFormat, make_keys
 
@@ -23,7 +23,8 @@ __all__ = [
     "check_table",
     "load_table",
     "make_keys",
-    "remove_parts",
+    "parts_in",
+    "planes_of",
     "save_table",
     "update_table",
 ]

@@ -50,6 +50,11 @@ class DeviceStore:
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""
         return self.table.changed(space)
 
-    def forget_changes(self) -> None:
+    @property
+    def counts_from(self) -> int:
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""
-        self.table.forget_changes()
+        return self.table.counts_from
+
+    def forget_changes(self) -> int:
+        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
+        return self.table.forget_changes()

@@ -74,14 +74,24 @@ class HostStore:
         self._acknowledged = epoch
 
     def flush(self) -> None:
-        """See :class:`~torch_engram.stores.protocol.WritableStore`. Raises what a failed write raised."""
+        """See :class:`~torch_engram.stores.protocol.WritableStore`. Raises what a failed write raised, and from then on
+        ``RuntimeError``: the rows are no longer those that were written."""
         while self._pending:
             self._pending.popleft().result()
+        if self._acknowledged != self._epoch:
+            raise RuntimeError(
+                f"write {self._acknowledged + 1} to host memory failed, and those after it were left out"
+            )
 
     def changed(self, space: int) -> Tensor:
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""
         return self.table.changed(space)
 
-    def forget_changes(self) -> None:
+    @property
+    def counts_from(self) -> int:
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""
-        self.table.forget_changes()
+        return self.table.counts_from
+
+    def forget_changes(self) -> int:
+        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
+        return self.table.forget_changes()

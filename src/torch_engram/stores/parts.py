@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ ALIGNMENT = 4096
 ROWS_PER_PART = 1 << 22  # a multiple of 4096, so that every component of a full part is aligned
 _CHUNK_ROWS = 1 << 16
 _ROW_TENSOR = "row"
+_PART = re.compile(r"(rows-\d{12,}-\d{12,}|changes)-[0-9a-f]{16}\.safetensors|unnamed(\.[0-9a-f]{8}\.tmp)?")
 
 Read = Callable[[Tensor], Tensor]
 """Row ids int64 ``[n]`` to their records uint8 ``[n, nbytes]``."""
@@ -56,7 +58,9 @@ def update_table(folder: Path, earlier: Manifest, changed: Tensor, layout: Recor
     full.
     """
     listed = sum(part.rows for part in earlier.changes) + len(changed)
-    intact = all((folder / part.file).exists() for part in earlier.parts)
+    intact = all(
+        _size_on_disk(folder / part.file) == _size(part.rows, layout, part.first is None) for part in earlier.parts
+    )
     if not intact or earlier.planes != planes_of(layout) or listed > earlier.rows // 2:
         return save_table(folder, earlier.rows, layout, read)
     parts = [_write_part(folder, None, rows, layout, read) for rows in changed.split(ROWS_PER_PART) if len(rows)]
@@ -90,12 +94,10 @@ def load_table(folder: Path, manifest: Manifest, layout: RecordLayout, write: Wr
         _read_part(folder / part.file, part, layout, write)
 
 
-def remove_parts(folder: Path, keep: Collection[str]) -> None:
-    """Remove every part in ``folder`` that is not to be kept, and what killed saves left of one."""
-    for pattern in ("rows-*", "changes-*", "unnamed*"):
-        for path in folder.glob(pattern):
-            if path.name not in keep:
-                path.unlink()
+def parts_in(folder: Path) -> set[Path]:
+    """Every file in ``folder`` that is named as a part, whoever names it in a manifest, or that a killed save left of
+    one."""
+    return {path for path in folder.iterdir() if _PART.fullmatch(path.name) and path.is_file()}
 
 
 def _write_part(folder: Path, first: int | None, rows: Tensor, layout: RecordLayout, read: Read) -> Part:
@@ -120,6 +122,19 @@ def _write_part(folder: Path, first: int | None, rows: Tensor, layout: RecordLay
     name = f"{what}-{digest[:16]}.safetensors"
     os.replace(unnamed, folder / name)  # where a file of this name is there already, by the same bytes
     return Part(name, len(rows), digest, first)
+
+
+def _size(rows: int, layout: RecordLayout, lists_rows: bool) -> int:
+    """Bytes of a part."""
+    row = sum(field.component.nbytes for field in layout.fields) + (8 if lists_rows else 0)
+    return len(_header(rows, layout, lists_rows)) + rows * row
+
+
+def _size_on_disk(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _write_at(descriptor: int, data: bytes, at: int) -> int:

@@ -57,5 +57,9 @@ class WritableStore(Store, Protocol):
         """Rows of a space, int64 ascending on the CPU, that were written since :meth:`forget_changes`: what a save has
         to add to an earlier one. Call :meth:`flush` before."""
 
-    def forget_changes(self) -> None:
-        """The rows as they are now are saved: count changes from here on."""
+    @property
+    def counts_from(self) -> int:
+        """Number of the last :meth:`forget_changes`: who remembers another one does not know all changes."""
+
+    def forget_changes(self) -> int:
+        """The rows as they are now are saved: count changes from here on. Returns the new :attr:`counts_from`."""

@@ -27,6 +27,7 @@ class RecordTable:
             bases[space] = base
         self._bases = bases.to(device)
         self._changed = _zeros((len(self.records),), device)
+        self.counts_from = 0
 
     def index(self, keys: Tensor) -> Tensor:
         """Position of every key in the array, int64."""
@@ -44,16 +45,18 @@ class RecordTable:
     def scatter(self, keys: Tensor, records: Tensor) -> None:
         """Replace the records of distinct keys."""
         index = self.index(keys)
-        self._words.index_copy_(0, index, records.view(torch.int64))
         self._changed.index_fill_(0, index, 1)
+        self._words.index_copy_(0, index, records.view(torch.int64))
 
     def changed(self, space: int) -> Tensor:
         """Rows of one space, ascending, whose records were replaced since :meth:`forget_changes`."""
         return self._changed[self.span(space)].nonzero().squeeze(1).cpu()
 
-    def forget_changes(self) -> None:
-        """Count changes from here on."""
+    def forget_changes(self) -> int:
+        """Count changes from here on; returns the new :attr:`counts_from`."""
+        self.counts_from += 1
         self._changed = _zeros(self._changed.shape, self.device)
+        return self.counts_from
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device, pinned: bool = False) -> Tensor:

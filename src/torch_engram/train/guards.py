@@ -2,49 +2,49 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
 import torch
 
+from torch_engram.durable import alone_in
+
 
 @contextmanager
 def only_run(folder: Path) -> Iterator[None]:
-    """Raises ``ValueError`` when another process trains in ``folder``. A killed one holds nothing."""
+    """Raises ``ValueError`` when another process of this machine trains in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    folder_itself = os.open(folder, os.O_RDONLY)
-    try:
-        _lock(folder_itself, folder)
+    with ExitStack() as held:
+        try:
+            held.enter_context(alone_in(folder, wait=False))
+        except BlockingIOError as error:
+            raise ValueError(
+                f"Another process trains in {folder}: wait for it, or set another name= or out=."
+            ) from error
         yield
-    finally:
-        os.close(folder_itself)
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(f"Another process trains in {folder}: wait for it, or set another name= or out=.") from error
 
 
 @contextmanager
 def interruptible(stop: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C calls ``stop``; a second one raises ``KeyboardInterrupt`` at once."""
+    """The first Ctrl-C calls ``stop``; a second one raises ``KeyboardInterrupt`` at once.
+
+    Where Ctrl-C is ignored or somebody else's (``nohup``, another thread than the main one), it stays so.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before in (signal.SIG_IGN, None) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    try:
-        before = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not the main thread: whoever runs it there stops it
-        yield
-        return
+    signal.signal(signal.SIGINT, handle)
     try:
         yield
     finally:
@@ -53,7 +53,7 @@ def interruptible(stop: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def deterministic_kernels(on: bool) -> Iterator[None]:
-    """With ``on``, only kernels that repeat bit for bit; afterwards as before."""
+    """With ``on``, only kernels that repeat bit for bit; afterwards those that PyTorch chose before."""
     if not on:
         yield
         return

@@ -97,7 +97,7 @@ class Trainer:
         self._balance: dict[int, Tensor] = {}
 
     def _start_at_zero_or_resume(self, resume_run: bool) -> None:
-        newest = latest_checkpoint(self.folder)
+        self._newest = newest = latest_checkpoint(self.folder)
         if newest is not None and not resume_run:
             raise ValueError(
                 f"{self.folder} already holds a run: pass --resume to go on with it, or set another name= or out=."
@@ -205,6 +205,8 @@ class Trainer:
             deterministic_kernels(self.recipe.deterministic),
             interruptible(self._ask_to_stop),
         ):
+            if latest_checkpoint(self.folder) != self._newest:
+                raise ValueError(f"Another process trained in {self.folder} meanwhile: set another name= or out=.")
             return self._run(watch)
 
     def _run(self, watch: Callable[[Progress], None] | None) -> Outcome:
@@ -295,7 +297,7 @@ class Trainer:
     def save(self) -> Path:
         """Save a checkpoint of the present step; returns its folder."""
         facts = {"recipe": self.recipe.to_dict(), "data": self._data_identity(), "seconds": self.seconds}
-        return save_checkpoint(
+        self._newest = save_checkpoint(
             self.folder,
             self.step,
             self.decoder,
@@ -305,3 +307,4 @@ class Trainer:
             facts,
             self.recipe.keep,
         )
+        return self._newest

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch_engram.durable import replacing
+from torch_engram.durable import is_left_over, replacing
 from torch_engram.train.recipe import Recipe
 
 METRICS_FILE = "metrics.jsonl"
@@ -35,6 +35,9 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         self._trackers: list[Tracker] = [] if recipe.tracker == "none" else [_TRACKERS[recipe.tracker](recipe, folder)]
         self.path = folder / METRICS_FILE
+        for left in folder.iterdir():
+            if is_left_over(left, METRICS_FILE):
+                left.unlink()
         kept = [line for line in read_metrics(folder) if line["step"] <= step] if step else []
         with replacing(self.path) as file:
             file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
