@@ -1,6 +1,6 @@
 #!/bin/sh
 # Everything once on one CUDA GPU, its log on standard output: the tests marked gpu, then every verb of the command.
-#     sh dev/check_cuda.sh > dev/checks/cuda.log 2>&1
+#     sh dev/check_cuda.sh > cuda.log 2>&1
 export PYTHONPATH=src COLUMNS=160
 folder=$(mktemp -d)
 engram() {
