@@ -23,6 +23,9 @@ from torch_engram.memory import MemoryBank, Tokens, WorkingSet
 from torch_engram.stores import RecordLayout, make_keys
 from torch_engram.stores.table import RecordTable
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
+
 torch.set_num_threads(1)
 settings.register_profile("battery", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("battery")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_engram.memory.segments import Segments, expand, merge_sorted, unique_rows
+from torch_engram.memory.segments import Segments, expand, merge, unique_rows
 from torch_engram.memory.source import Source
 from torch_engram.stores import make_keys
 
@@ -107,11 +107,12 @@ class TouchedRows:
         """Write the rows of micro-batch ``micro`` to their positions in ``out`` ``[B, T, c·dim]``, and zero to dead
         positions."""
         assert self.planes is not None, "decode comes before expand"
-        values, inverse, live = self.planes["value"].to(out.dtype), self.segments[micro].inverse, self.live[micro]
+        inverse, live, dim = self.segments[micro].inverse, self.live[micro], self.table.dim
         if live is None and out.is_contiguous():
-            expand(values, inverse, out=out.view(-1, self.table.dim))
+            expand(self.planes["value"], inverse, out.view(-1, dim))
             return
-        positions, rows = out.view(-1, self.width), expand(values, inverse).view(-1, self.width)
+        rows = expand(self.planes["value"], inverse, out.new_empty(len(inverse), dim)).view(-1, self.width)
+        positions = out.view(-1, self.width)
         if live is None:
             positions.copy_(rows)
         else:
@@ -123,7 +124,7 @@ class TouchedRows:
         flat = grad.reshape(-1, grad.shape[-1])
         live = self.live[micro]
         reads = (flat if live is None else flat[live]).reshape(-1, self.table.dim)
-        merged = merge_sorted(reads, self.segments[micro])
+        merged = merge(reads, self.segments[micro])
         self.grad = merged if self.grad is None else self.grad.add_(merged)
 
     def total_grad(self) -> Tensor:

@@ -1,7 +1,8 @@
 """Unique rows of a step, their expansion to positions, and the merge of gradients back: the index work of a lookup.
 
-``merge_naive`` reads like the definition; ``merge_sorted`` gives the same sums, each row's positions added in order by
-one worker, so that its bits never depend on threads or luck.
+``expand`` and ``merge`` choose by device: PyTorch here on a CPU, the Triton kernels of
+:mod:`torch_engram.memory.segment_kernels` on a GPU. ``merge_naive`` reads like the definition; the others give the same
+sums, each row's reads added in one fixed order, so that the bits never depend on threads or luck.
 """
 
 from __future__ import annotations
@@ -46,9 +47,13 @@ def unique_rows(ids: Tensor) -> tuple[Tensor, Tensor, Segments]:
     return ordered[starts], order[starts], Segments(inverse, order, starts)
 
 
-def expand(values: Tensor, inverse: Tensor, out: Tensor | None = None) -> Tensor:
-    """Row values ``[U, dim]`` to one row a read ``[n, dim]``, in ``out`` where given."""
-    return torch.index_select(values, 0, inverse, out=out)
+def expand(values: Tensor, inverse: Tensor, out: Tensor) -> Tensor:
+    """Row values ``[U, dim]`` to one row a read, in ``out`` ``[n, dim]`` and rounded to its type; returns ``out``."""
+    if values.is_cuda:
+        from torch_engram.memory.segment_kernels import expand_triton
+
+        return expand_triton(values, inverse, out)
+    return torch.index_select(values.to(out.dtype), 0, inverse, out=out)
 
 
 def merge_naive(grads: Tensor, segments: Segments) -> Tensor:
@@ -57,7 +62,13 @@ def merge_naive(grads: Tensor, segments: Segments) -> Tensor:
     return total.index_add_(0, segments.inverse, grads.float())
 
 
-def merge_sorted(grads: Tensor, segments: Segments, out: Tensor | None = None) -> Tensor:
-    """Equal to :func:`merge_naive`, deterministic: a bag of reads for every row. In ``out``, fp32, where given."""
-    merged = F.embedding_bag(segments.order, grads.float(), segments.starts, mode="sum")
+def merge(grads: Tensor, segments: Segments, out: Tensor | None = None) -> Tensor:
+    """Equal to :func:`merge_naive`, and deterministic. In ``out``, fp32 ``[U, dim]``, where given."""
+    if grads.is_cuda:
+        from torch_engram.memory.segment_kernels import merge_triton
+
+        if out is None:
+            out = torch.empty(len(segments.starts), grads.shape[1], device=grads.device)
+        return merge_triton(grads.contiguous(), segments.order, segments.starts, out)
+    merged = F.embedding_bag(segments.order, grads.float(), segments.starts, mode="sum")  # a bag of reads for every row
     return merged if out is None else out.copy_(merged)
