@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 from torch_engram.generate import generate
 from torch_engram.train import open_checkpoint
 from torch_engram.train.checkpoint import checkpoints
+
+ENGRAM = Path(sys.executable).with_name("engram")
 
 
 def sets(*settings: str) -> list[str]:
@@ -75,6 +81,26 @@ def test_the_demo_compares_and_reports(engram, corpus_file, tmp_path):
     assert re.search(r"MoE \+ Engram against MoE: total .*%.*active .*%", done.out), done.out
     assert done.out.endswith(f"Report: {tmp_path / 'demo' / 'report.html'}") and "of the training text seen" in done.out
     assert (tmp_path / "demo" / "report.html").stat().st_size > 20_000
+
+
+def test_a_plain_text_file_trains_as_it_is(engram_process, tmp_path):
+    """At the defaults: no separators, no blank lines, a few kilobytes."""
+    text = "".join(
+        f"The {noun} number {i} sees the river and the king.\n" for i in range(300) for noun in ("horse", "ship")
+    )
+    (tmp_path / "my_text.txt").write_text(text)
+    settings = sets(
+        f"data={tmp_path / 'my_text.txt'}", f"out={tmp_path / 'runs'}", "steps=2", "model.vocab_size=300", "seq_len=32"
+    )
+    done = engram_process("train", "tiny", *settings)
+    assert done.code == 0 and "Validation: " in done.out, done
+
+
+def test_what_is_sampled_is_not_broken_at_the_terminals_edge(trained):
+    prompt = "the horse sees the river " * 8
+    command = [ENGRAM, "sample", trained, "--prompt", prompt, "--tokens", "1", "--temperature", "0"]
+    done = subprocess.run(command, env={**os.environ, "COLUMNS": "40"}, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(prompt) and len(done.stdout) > len(prompt) + 2
 
 
 def test_sampling_continues_every_prompt(engram, trained):

@@ -69,13 +69,17 @@ def test_a_folder_gives_its_text_files_in_order_and_reports_what_it_skips(tmp_pa
     assert [path.name for path in corpus.skipped] == ["image.png", "latin.txt"]
 
 
-def test_a_long_text_without_separators_is_divided_at_blank_lines_and_loses_nothing(tmp_path: Path) -> None:
-    text = "".join(f"Paragraph {i}.\n" + "words " * 50 + "\n\n" for i in range(400))
+@pytest.mark.parametrize("blank", ["\n", ""], ids=["blank lines", "none"])
+@pytest.mark.parametrize("paragraphs, section", [(100, 1024), (400, 1264), (9000, SECTION_CHARACTERS)])
+def test_a_text_without_separators_is_divided_and_loses_nothing(
+    tmp_path: Path, blank: str, paragraphs: int, section: int
+) -> None:
+    text = "".join(f"Paragraph {i:04}.\n" + "words " * 50 + f"\n{blank}" for i in range(paragraphs))
     documents = list(open_corpus(write(tmp_path / "book.txt", text)))
     assert "".join(documents) == text
-    paragraph = len(text) // 400 + 10
-    assert all(SECTION_CHARACTERS <= len(document) < SECTION_CHARACTERS + paragraph for document in documents[:-1])
-    assert all(document.endswith("\n\n") for document in documents)
+    least = section if blank else 2 * section
+    assert all(least <= len(document) < least + 400 for document in documents[:-1])
+    assert all(document.endswith(f"\n{blank}") for document in documents)
 
 
 def test_line_ends_and_byte_order_mark_do_not_reach_the_documents(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,11 +105,26 @@ def test_files_are_reused_for_the_same_inputs_only(documents: list[str], tokeniz
     assert sorted(tmp_path.iterdir()) == sorted(others | {first}), "nothing but whole folders is left"
 
 
-def test_a_split_without_documents_is_refused_and_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    corpus = Corpus("single", lambda: iter(["one document"]))
-    with pytest.raises(ValueError, match="gets none of the 1 documents of 'single'; give more documents"):
-        tokenize_corpus(corpus, tokenizer, tmp_path, validation_share=0.01)
-    assert list(tmp_path.iterdir()) == []
+@given(st.lists(st.text(min_size=1), min_size=1, max_size=9), st.sampled_from([0.001, 0.02, 0.5, 0.999]))
+def test_no_split_is_empty_where_documents_differ(
+    tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, documents: list[str], share: float
+) -> None:
+    folder = tmp_path_factory.mktemp("cache")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        files = tokenize_corpus(Corpus("few", lambda: iter(documents)), tokenizer, folder, validation_share=share)
+    held_out = texts_of(files.validation, tokenizer) if files.validation is not None else []
+    trained = texts_of(files.train, tokenizer)
+    assert sorted(trained + held_out) == sorted(documents) and not set(trained) & set(held_out)
+    assert trained and bool(held_out) == (len(set(documents)) > 1)
+    if {split_of(document, share) for document in documents} == {"train", "validation"}:
+        assert sorted(held_out) == sorted(text for text in documents if split_of(text, share) == "validation")
+
+
+def test_a_corpus_of_one_document_is_all_for_training(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="'single' is one document, so none of it is held out"):
+        files = tokenize_corpus(Corpus("single", lambda: iter(["one"])), tokenizer, tmp_path, validation_share=0.5)
+    assert files.validation is None and texts_of(files.train, tokenizer) == ["one"]
 
 
 def test_damaged_folders_are_named(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -118,8 +134,9 @@ def test_damaged_folders_are_named(corpus: Corpus, tokenizer: Tokenizer, tmp_pat
         open_token_files(folder)
     with pytest.raises(ValueError, match=r"holds no meta\.json"):
         open_token_files(tmp_path)
-    with pytest.raises(ValueError, match=r"validation_share is 1\.5"):
-        tokenize_corpus(corpus, tokenizer, tmp_path, validation_share=1.5)
+    for share in (1.5, 1.0, -0.1):
+        with pytest.raises(ValueError, match=rf"validation_share is {share}; give a share of at least 0 and below 1"):
+            tokenize_corpus(corpus, tokenizer, tmp_path, validation_share=share)
 
 
 def test_meta_data_say_what_was_packed(token_files: TokenFiles) -> None:

@@ -98,14 +98,28 @@ def test_resuming_where_nothing_is_saved_is_refused(make_trainer):
         (dict(batch_size=1), "other data or batches"),
         (dict(accumulation=1), "other data or batches"),
         (dict(seed=1), "another seed of initial rows"),
-        (dict(table={"codec": "bf16"}), "another codec"),
-        (dict(table={"optimizer": "rowwise_adam"}), "other planes"),
+        (dict(table={"codec": "bf16"}), "trained with table.codec=fp32, not bf16: resume with --set table.codec=fp32"),
+        (dict(table={"optimizer": "rowwise_adam"}), "table.optimizer=adam, not rowwise_adam"),
+        (
+            dict(rates={"matrices": 0.3}),
+            r"rates.matrices=0\.\d+, not 0\.3: resume with .* or start anew under another name=",
+        ),
+        (dict(clip=0.5), r"clip=\d\.\d, not 0\.5"),
+        (dict(dtype="bf16"), "dtype=fp32, not bf16"),
+        (dict(schedule="step"), "schedule=.*, not step"),
+        (dict(steps=1), "step-00000002 is past steps=1: resume with 2 or more"),
     ],
 )
 def test_resuming_something_else_is_refused_and_names_what_differs(make_trainer, changes, complaint):
-    make_trainer(steps=1).run()
+    make_trainer(steps=2).run()
     with pytest.raises(ValueError, match=complaint):
         make_trainer(resume_run=True, **changes)
+
+
+def test_what_does_not_change_the_run_may_change(make_trainer):
+    make_trainer(steps=2).run()
+    more = dict(steps=3, log_every=2, keep=5, table={"placement": "host", "prefetch": 2})
+    assert make_trainer(resume_run=True, **more).run().step == 3
 
 
 def test_resuming_with_another_model_is_refused(make_trainer, base_recipe):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from torch_engram.train import Trainer
+from torch_engram.train.checkpoint import checkpoints
 from torch_engram.train.metrics import Metrics, read_metrics
 
 
@@ -24,7 +25,7 @@ def poison(trainer: Trainer, at: int) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpoint(make_trainer):
-    trainer = make_trainer(save_every=2)
+    trainer = make_trainer(save_every=2, eval_every=100)
     with pytest.raises(ValueError, match=r"The loss is nan at step 4: lower the learning rates") as stopped:
         poison(trainer, 3)
     assert f"the last good checkpoint is {trainer.folder / 'step-00000002'}." in str(stopped.value)
@@ -33,11 +34,34 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpo
     resumed.run()
 
 
-def test_a_checkpoint_of_the_bad_weights_is_not_called_good(make_trainer):
-    """Saved after the step that broke the weights and before the step that shows it."""
-    trainer = make_trainer(save_every=2)
-    with pytest.raises(ValueError, match="The loss is nan at step 5") as stopped:
+def test_weights_that_are_not_finite_are_not_saved(make_trainer):
+    trainer = make_trainer(save_every=2, eval_every=100)
+    with pytest.raises(
+        ValueError, match="The weights are not finite after step 4: lower the learning rates"
+    ) as stopped:
         poison(trainer, 4)
+    assert str(stopped.value).endswith(f"the last good checkpoint is {trainer.folder / 'step-00000002'}.")
+    assert [path.name for path in checkpoints(trainer.folder)] == ["step-00000002"]
+
+
+def test_a_validation_that_is_not_finite_stops_the_run(make_trainer):
+    trainer = make_trainer(save_every=2, eval_every=3)
+    with pytest.raises(ValueError, match="The validation loss is nan after step 3: lower the learning rates"):
+        poison(trainer, 3)
+    assert "NaN" not in (trainer.folder / "metrics.jsonl").read_text()
+
+
+def test_a_checkpoint_of_the_bad_rows_is_not_called_good(make_trainer):
+    """Saved after the step that broke them and before the step that shows it."""
+    trainer = make_trainer(save_every=2, eval_every=100, table={"prefetch": 0})
+
+    def watch(progress):
+        if progress.step == 4:
+            bank = trainer.banks["engram"]
+            bank.source(bank.tables[0]).store.table.records.fill_(255)  # as fp32, NaN
+
+    with pytest.raises(ValueError, match="The loss is nan at step 5") as stopped:
+        trainer.run(watch)
     good, bad = (trainer.folder / f"step-{step:08d}" for step in (2, 4))
     assert str(stopped.value).endswith(f"the last good checkpoint is {good}; remove {bad}, which gives the same.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -123,7 +124,8 @@ def test_ctrl_c_saves_says_where_and_resumes_bit_for_bit(command, tmp_path, stat
     [saved] = checkpoints(folder)
     step = int(saved.name.removeprefix("step-"))
     assert step >= 3
-    assert f"Stopped after step {step}; saved {saved}. Go on with --resume." in " ".join(out.split())
+    resume = f"Go on with: {shlex.join(['engram', *command[1:]])} --resume"
+    assert f"Stopped after step {step}; saved {saved}. {resume}\n" in out  # whole, however wide the terminal is
 
     recipe = Recipe.from_dict(json.loads((saved / "checkpoint.json").read_text())["recipe"])
     changed = {"steps": step + 2}

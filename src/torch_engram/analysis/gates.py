@@ -50,7 +50,7 @@ def read_gates(
 ) -> dict[tuple[str, int], Tensor]:
     """The gates fp32 ``[T, M]`` of raw token ids, one document, by (memory, layer).
 
-    Raises ``ValueError`` for a model without memory.
+    Raises ``ValueError`` for a model without memory, or with gates that are not finite.
     """
     if not banks:
         raise ValueError("This model has no memory, so it has no gates: give a checkpoint that was trained with one.")
@@ -64,4 +64,6 @@ def read_gates(
             _, gates = decoder(tokens.to(device), memory, return_gates=True)
     finally:
         decoder.train(was_training)
+    if not all(gate.isfinite().all() for gate in gates.values()):
+        raise ValueError("The gates are not finite: the model's training went astray, so use an earlier checkpoint.")
     return {place: gate[0].float().cpu() for place, gate in gates.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -64,5 +65,7 @@ def main() -> None:
 def _sentence(error: ValueError | OSError) -> str:
     if isinstance(error, ValueError):
         return str(error)
-    where = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror or error}{where}"
+    where = f"{error.filename}: " if error.filename else ""
+    full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    mend = "make room, or choose other folders for what is written" if full else "check that path and its permissions"
+    return f"{where}{error.strerror or error}; {mend}."

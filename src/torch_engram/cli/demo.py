@@ -35,15 +35,15 @@ def demo(
     if any(run.trainer.stopped for run in runs.values()):
         console.print("Stopped: the demo compares whole runs, so run it again.")
         raise typer.Exit(130)
-    console.print(f"MoE + Engram against MoE: {budget(runs)}.")
+    console.print(f"MoE + Engram against MoE: {budget(runs)}.", soft_wrap=True)
     console.print(_results(runs))
     with console.status("Writing the report"):
         report = build_report(runs)
         page = write_report(report, out)
     for run in report.runs:
         for prompt, text in run.continuations:
-            console.print(Text.assemble((f"{run.label}: ", "dim"), (prompt, "bold"), text))
-    console.print(f"Report: {page}")
+            console.print(Text.assemble((f"{run.label}: ", "dim"), (prompt, "bold"), text), soft_wrap=True)
+    console.print(f"Report: {page}", soft_wrap=True)
 
 
 def _results(runs: dict[str, DemoRun]) -> Table:

@@ -41,4 +41,4 @@ def sample(
     )
     console = Console()
     for text, continuation in zip(prompt, written, strict=True):
-        console.print(Text(text, style="dim") + Text(loaded.tokenizer.decode(continuation)), end="\n\n")
+        console.print(Text(text, style="dim") + Text(loaded.tokenizer.decode(continuation)), end="\n\n", soft_wrap=True)

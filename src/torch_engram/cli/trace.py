@@ -51,7 +51,10 @@ def trace(
 
 def _parse(ids: str) -> list[int]:
     try:
-        return [int(part) for part in ids.split(",")]
+        found = [int(part) for part in ids.split(",")]
+        if max(map(abs, found)) < 2**63:
+            return found
+        raise ValueError
     except ValueError:
         raise ValueError(f"--canonical-ids is {ids!r}: give whole numbers with commas, such as 10,20,30,40.") from None
 
@@ -75,9 +78,19 @@ def _trace_preset(
     vocab = CanonicalVocab.of(reader) if canonical else None
     if text is not None:
         assert reader is not None
+        if not canonical:
+            _require_fit(reader.get_vocab_size(), config)
         ids = reader.encode(text, add_special_tokens=False).ids
     assert ids is not None
     return trace_ids({preset: Addressing(config, vocab)}, ids, tokenizer=reader, layer=layer), configs
+
+
+def _require_fit(size: int, config: EngramConfig) -> None:
+    """Without a canonical map, a preset can tell another model's tokenizer by its number of ids alone."""
+    if not 0.95 * config.vocab_size <= size <= config.vocab_size:
+        raise ValueError(
+            f"This tokenizer has {size} ids and the preset hashes {config.vocab_size}: give the tokenizer of its model."
+        )
 
 
 def _trace_checkpoint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -28,15 +29,20 @@ def train(
     chosen = change(get_recipe(recipe), settings or [])
     with console.status("Reading the corpus"):
         trainer = Trainer(chosen, resume_run=resume)
-    console.print(f"Parameters: {trainer.account.describe()}.")
+    console.print(f"Parameters: {trainer.account.describe()}.", soft_wrap=True)
     with progress_bar(chosen.name, chosen.steps, trainer.step) as watch:
         outcome = trainer.run(watch)
     if outcome.interrupted:
-        console.print(f"Stopped after step {outcome.step}; saved {outcome.checkpoint}. Go on with --resume.")
+        again = ["engram", "train", recipe, *(part for setting in settings or [] for part in ("--set", setting))]
+        console.print(
+            f"Stopped after step {outcome.step}; saved {outcome.checkpoint}. Go on with: {shlex.join(again)} --resume",
+            soft_wrap=True,
+        )
         raise typer.Exit(130)
     if outcome.score is not None:
         console.print(
             f"Validation: {outcome.score.nats:.4f} nats/token, {outcome.score.bits_per_byte:.4f} bits/byte "
-            f"over {outcome.score.tokens:,} tokens."
+            f"over {outcome.score.tokens:,} tokens.",
+            soft_wrap=True,
         )
-    console.print(f"Saved {outcome.checkpoint}; {trainer.share_seen:.1%} of the training text seen.")
+    console.print(f"Saved {outcome.checkpoint}; {trainer.share_seen:.1%} of the training text seen.", soft_wrap=True)

@@ -116,10 +116,19 @@ def split_of(document: Document, validation_share: float) -> Split:
     Raises:
         ValueError: the share is out of range.
     """
+    require_share(validation_share)
+    return "validation" if draw_of(document) < int(validation_share * 2**64) else "train"
+
+
+def require_share(validation_share: float) -> None:
+    """Raises ``ValueError`` for a share that is out of range."""
     if not 0 <= validation_share < 1:
         raise ValueError(f"validation_share is {validation_share}; give a share of at least 0 and below 1.")
-    draw = int.from_bytes(hashlib.blake2b(document.encode(), digest_size=8).digest(), "little")
-    return "validation" if draw < int(validation_share * 2**64) else "train"
+
+
+def draw_of(document: Document) -> int:
+    """A hash of the document's text, 0 to 2**64 - 1: the lowest are held out."""
+    return int.from_bytes(hashlib.blake2b(document.encode(), digest_size=8).digest(), "little")
 
 
 def _dataset_reader(name: str, text_field: str) -> Callable[[], Iterator[Document]]:

@@ -12,6 +12,7 @@ import json
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from torch_engram.data.corpora import Corpus, Document, Split, split_of
+from torch_engram.data.corpora import Corpus, Document, Split, draw_of, require_share
 from torch_engram.data.token_files import META, TokenFiles, open_token_files
 from torch_engram.data.tokenizers import end_token_id, tokenizer_digest
 from torch_engram.durable import sync, write_json
@@ -47,12 +48,14 @@ def tokenize_corpus(
         corpus: read once for its digest, and once more where it is not in the cache.
         tokenizer: any; it is not changed.
         out_dir: cache folder; made if missing.
-        validation_share: expected share of documents held out by `split_of`, 0 <= share < 1.
+        validation_share: expected share of documents held out by `split_of`, 0 <= share < 1. Where that leaves a
+            split empty, the document next in line goes there; a corpus of one document is all for training.
         end_token: name of the token that ends a document, where the tokenizer uses none of the usual ones.
 
     Raises:
-        ValueError: the share is out of range or leaves a split without documents, or the end token is unknown.
+        ValueError: the share is out of range, or the end token is unknown.
     """
+    require_share(validation_share)
     end_id = end_token_id(tokenizer, end_token)
     digests = {"tokenizer": tokenizer_digest(tokenizer), "corpus": corpus.digest}
     identity = {"format": _FORMAT, **digests, "validation_share": validation_share, "end_id": end_id}
@@ -68,7 +71,7 @@ def _write_folder(folder: Path, corpus: Corpus, tokenizer: Tokenizer, identity: 
     _remove_stale(folder.parent)
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
-        meta = _write_tokens(partial, corpus, tokenizer, identity)
+        meta = _write_tokens(partial, corpus, tokenizer, identity, int(identity["validation_share"] * 2**64))
         write_json(partial / META, meta)
         for path in (*partial.iterdir(), partial):
             sync(path)
@@ -84,12 +87,15 @@ def _write_folder(folder: Path, corpus: Corpus, tokenizer: Tokenizer, identity: 
         raise
 
 
-def _write_tokens(folder: Path, corpus: Corpus, tokenizer: Tokenizer, identity: dict[str, Any]) -> dict[str, Any]:
-    """Stream the corpus into the files of `folder`; returns the meta data."""
-    share, end_id = identity["validation_share"], identity["end_id"]
+def _write_tokens(
+    folder: Path, corpus: Corpus, tokenizer: Tokenizer, identity: dict[str, Any], held_out_below: int
+) -> dict[str, Any]:
+    """Stream the corpus into the files of `folder`, documents with a lower draw into validation; returns meta data."""
+    end_id = identity["end_id"]
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
-    splits: list[Split] = ["train", "validation"] if share > 0 else ["train"]
+    splits: list[Split] = ["train", "validation"] if held_out_below else ["train"]
+    lowest, highest = 2**64, 0
     counts = {split: {"documents": 0, "tokens": 0, "text_bytes": 0} for split in splits}
     # A copy, for the caller's tokenizer may truncate, pad or read special tokens in text, and should go on doing so.
     encoder = Tokenizer.from_str(tokenizer.to_str())
@@ -106,7 +112,9 @@ def _write_tokens(folder: Path, corpus: Corpus, tokenizer: Tokenizer, identity: 
             for document, encoding in zip(
                 documents, encoder.encode_batch_fast(documents, add_special_tokens=False), strict=True
             ):
-                split = split_of(document, share)
+                draw = draw_of(document)
+                lowest, highest = min(lowest, draw), max(highest, draw)
+                split: Split = "validation" if draw < held_out_below else "train"
                 tokens, starts = files[split]
                 starts.write(np.array(counts[split]["tokens"], "<i8").tobytes())
                 tokens.write(np.array([*encoding.ids, end_id], dtype).tobytes())
@@ -114,15 +122,12 @@ def _write_tokens(folder: Path, corpus: Corpus, tokenizer: Tokenizer, identity: 
                 counts[split]["tokens"] += len(encoding.ids) + 1
                 counts[split]["text_bytes"] += len(document.encode())
 
-    documents_had = sum(count["documents"] for count in counts.values())
-    for split, count in counts.items():
-        if count["documents"] == 0:
-            raise ValueError(
-                f"With validation_share={share}, {split} gets none of the {documents_had} documents of "
-                f"{corpus.name!r}; give more documents (in a text file, lines holding a form feed separate them), "
-                "another share, or validation_share=0 for none."
-            )
-    return {**identity, "dtype": dtype, "vocab_size": vocab_size, "splits": counts}
+    if all(count["documents"] for count in counts.values()):
+        return {**identity, "dtype": dtype, "vocab_size": vocab_size, "splits": counts}
+    if lowest == highest:
+        warnings.warn(f"{corpus.name!r} is one document, so none of it is held out for validation.", stacklevel=2)
+    nearest = lowest + 1 if not counts["validation"]["documents"] else highest
+    return _write_tokens(folder, corpus, tokenizer, identity, 0 if lowest == highest else nearest)
 
 
 def _batches(corpus: Corpus) -> Iterator[list[Document]]:

@@ -1,8 +1,9 @@
 r"""Files in, documents out: which text of a file is a document, and which files of a folder are text.
 
 - `.txt` (also `.txt.xz`, `.txt.gz`, or no further suffix): a line holding only a form feed (`\f`) ends a document. A
-  file without such a line is divided at the first blank line after every `SECTION_CHARACTERS` characters, so that one
-  long book can still be split into training and validation text; joined again, the pieces are the file.
+  file without such a line is divided into some `SECTIONS` sections, of `SECTION_CHARACTERS` characters at most, each up
+  to the next blank line or, where none comes for as long again, line end: so that one book can still be split into
+  training and validation text. Joined again, the pieces are the file.
 - `.jsonl` (also compressed): one document a line, its text under a field.
 - any other text file (`.md`, `.py`, ...): one document in a folder; alone, it is divided as a `.txt` is.
 
@@ -24,7 +25,9 @@ from pathlib import Path
 from typing import IO, cast
 
 DOCUMENT_SEPARATOR = "\f\n"
+SECTIONS = 100
 SECTION_CHARACTERS = 16_384
+_LEAST_SECTION_CHARACTERS = 1_024
 
 COMPRESSED_SUFFIXES = (".xz", ".gz")
 _PROBE_BYTES = 65_536
@@ -84,7 +87,11 @@ def not_text(path: Path) -> str:
 
 
 def _text_documents(path: Path) -> Iterator[str]:
-    separated = any(line == DOCUMENT_SEPARATOR for line in _lines(path))
+    total, separated = 0, False
+    for line in _lines(path):
+        total += len(line)
+        separated = separated or line == DOCUMENT_SEPARATOR
+    section = min(max(total // SECTIONS, _LEAST_SECTION_CHARACTERS), SECTION_CHARACTERS)
     lines: list[str] = []
     length = 0
     for line in _lines(path):
@@ -94,7 +101,7 @@ def _text_documents(path: Path) -> Iterator[str]:
             continue
         lines.append(line)
         length += len(line)
-        if not separated and length >= SECTION_CHARACTERS and not line.strip():
+        if not separated and (length >= 2 * section or (length >= section and not line.strip())):
             yield "".join(lines)
             lines, length = [], 0
     yield "".join(lines)

@@ -216,10 +216,10 @@ class MemoryBank:
                     store = make(layout, spaces, self.device)
                 except (MemoryError, torch.OutOfMemoryError) as error:
                     size = sum(spaces.values()) * layout.nbytes / 2**30
+                    state, smaller = (" with their optimiser state", "RowwiseAdam, ") if self.optimizer else ("", "")
                     raise ValueError(
-                        f"The tables of memory {self.name!r} take {size:,.1f} GiB with their optimiser state, which "
-                        f"{self.device} does not have: lower rows_per_head, or use RowwiseAdam, codec='bf16' or "
-                        "placement='host'."
+                        f"The tables of memory {self.name!r} take {size:,.1f} GiB{state}, which {self.device} does not "
+                        f"have: lower rows_per_head, or use {smaller}codec='bf16' or placement='host'."
                     ) from error
                 if self.optimizer is not None and not isinstance(store, WritableStore):
                     raise ValueError(

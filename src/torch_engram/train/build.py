@@ -56,6 +56,11 @@ def build_text(recipe: Recipe) -> Text:
     corpus = open_corpus(recipe.data, text_field=recipe.text_field)
     tokenizer = _tokenizer(recipe, corpus)
     files = tokenize_corpus(corpus, tokenizer, Path(recipe.cache), validation_share=recipe.validation_share)
+    if len(files.train) <= recipe.seq_len:
+        raise ValueError(
+            f"The corpus {recipe.data!r} has {len(files.train)} tokens to train on and one sequence of "
+            f"seq_len={recipe.seq_len} needs {recipe.seq_len + 1}; give a longer corpus or a shorter seq_len."
+        )
     return Text(tokenizer, files, CanonicalVocab.of(tokenizer))
 
 

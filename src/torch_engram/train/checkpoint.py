@@ -187,6 +187,9 @@ def read_facts(path: Path) -> dict[str, Any]:
         {key: facts[key] for key in _KEYS}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / _FACTS} is damaged, or none of torch-engram's: {_MEND}.") from error
+    for bank in facts["banks"]:
+        if not (path / f"memory-{bank}" / "memory.json").exists():
+            raise ValueError(f"{path / f'memory-{bank}'} is damaged or missing: {_MEND}.")
     for name, digest in digests.items():
         if not (path / name).exists() or file_digest(path / name) != digest:
             raise ValueError(f"{path / name} is truncated, damaged or missing: {_MEND}.")

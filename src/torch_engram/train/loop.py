@@ -30,11 +30,18 @@ from torch_engram.train.build import (
     fit_to_text,
     require_device,
 )
-from torch_engram.train.checkpoint import checkpoint_path, checkpoints, latest_checkpoint, resume, save_checkpoint
+from torch_engram.train.checkpoint import (
+    checkpoint_path,
+    checkpoints,
+    latest_checkpoint,
+    read_facts,
+    resume,
+    save_checkpoint,
+)
 from torch_engram.train.evaluate import Score, evaluate
 from torch_engram.train.guards import deterministic_kernels, interruptible, only_run
 from torch_engram.train.metrics import Metrics
-from torch_engram.train.recipe import Recipe
+from torch_engram.train.recipe import Recipe, differences
 from torch_engram.train.schedule import factor
 
 
@@ -105,6 +112,7 @@ class Trainer:
         if resume_run and newest is None:
             raise ValueError(f"There is no checkpoint in {self.folder} to resume from: leave out --resume.")
         if newest is not None:
+            self._require_same(newest)
             facts = resume(newest, self.decoder, self.banks, self.optimizers, self.text.tokenizer)
             if facts["data"] != self._data_identity():
                 raise ValueError(
@@ -121,6 +129,17 @@ class Trainer:
         every = [*self.optimizers, *(bank.optimizer for bank in self.banks.values() if bank.optimizer is not None)]
         begun = self.step
         self._schedulers = [LambdaLR(optimizer, lambda done: self._factor(begun + done)) for optimizer in every]
+
+    def _require_same(self, newest: Path) -> None:
+        """Raises ``ValueError`` naming a setting that would make the resumed run another one."""
+        facts = read_facts(newest)
+        if self.recipe.steps < facts["step"]:
+            raise ValueError(f"{newest} is past steps={self.recipe.steps}: resume with {facts['step']} or more.")
+        for key, (saved, mine) in differences(facts["recipe"], self.recipe.to_dict()).items():
+            raise ValueError(
+                f"{newest} was trained with {key}={saved}, not {mine}: resume with --set {key}={saved}, or start anew "
+                "under another name=."
+            )
 
     def _data_identity(self) -> dict[str, str | int]:
         recipe = self.recipe
@@ -279,6 +298,8 @@ class Trainer:
             dtype=recipe.dtype,
             batches=batches,
         )
+        if not math.isfinite(score.nats):
+            raise ValueError(self._astray(f"The validation loss is {score.nats} after step {self.step}", self.step))
         metrics.log(self.step, validation=score.nats, bits_per_byte=score.bits_per_byte)
         return score
 
@@ -287,15 +308,22 @@ class Trainer:
         norm = float(self._norm)
         if math.isfinite(loss) and math.isfinite(norm):
             return
+        what = f"The norm of the gradients is {norm}" if math.isfinite(loss) else f"The loss is {loss}"
+        raise ValueError(self._astray(f"{what} at step {self.step + 1}", self.step))
+
+    def _astray(self, what: str, step: int) -> str:
+        """The sentence about a run whose weights after ``step`` are no good."""
         saved = checkpoints(self.folder)
-        bad = saved.pop() if saved and saved[-1] == checkpoint_path(self.folder, self.step) else None
+        bad = saved.pop() if saved and saved[-1] == checkpoint_path(self.folder, step) else None
         good = f"the last good checkpoint is {saved[-1]}" if saved else "there is no good checkpoint"
         mend = f"; remove {bad}, which gives the same" if bad is not None else ""
-        what = f"The norm of the gradients is {norm}" if math.isfinite(loss) else f"The loss is {loss}"
-        raise ValueError(f"{what} at step {self.step + 1}: lower the learning rates; {good}{mend}.")
+        return f"{what}: lower the learning rates; {good}{mend}."
 
     def save(self) -> Path:
-        """Save a checkpoint of the present step; returns its folder."""
+        """Save a checkpoint of the present step; returns its folder. Raises ``ValueError`` for weights that are not
+        finite: no good checkpoint should make room for them."""
+        if not all(weight.isfinite().all() for weight in self.decoder.parameters()):
+            raise ValueError(self._astray(f"The weights are not finite after step {self.step}", self.step))
         facts = {"recipe": self.recipe.to_dict(), "data": self._data_identity(), "seconds": self.seconds}
         self._newest = save_checkpoint(
             self.folder,

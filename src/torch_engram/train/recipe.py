@@ -174,3 +174,26 @@ class Recipe:
             "table": TableRecipe(**fields["table"]),
         }
         return cls(**{**fields, **nested})
+
+
+_FREE_TO_CHANGE = {
+    "name", "data", "text_field", "tokenizer", "out", "cache", "steps", "model", "device", "compile", "recompute",
+    "deterministic", "log_every", "eval_every", "eval_batches", "save_every", "keep", "tracker",
+    "table.placement", "table.prefetch",
+    "seq_len", "batch_size", "accumulation", "seed", "validation_share",
+}  # fmt: skip
+"""What a resumed run may change, or what is compared otherwise: model, tokenizer and data by what they are."""
+
+
+def differences(saved: Mapping[str, Any], mine: Mapping[str, Any], group: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted names of settings that decide what a run learns and differ between two recipes, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name, value in mine.items():
+        key, other = group + name, saved.get(name)
+        if key in _FREE_TO_CHANGE:
+            continue
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            found |= differences(other, value, f"{key}.")
+        elif value != other:
+            found[key] = other, value
+    return found
