@@ -14,8 +14,12 @@ from pathlib import Path
 
 from record import record
 
+CORES = 2
+
 
 def main() -> None:
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     command = Path(sys.executable).with_name("engram")
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import os
 import platform
 import statistics
 import subprocess
@@ -56,7 +57,7 @@ def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def device_name(device: str) -> str:
-    """The CPU's model and its number of cores, or the GPU's name."""
+    """The CPU's model and the number of cores that this process may use, or the GPU's name."""
     if device != "cpu":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -64,7 +65,8 @@ def device_name(device: str) -> str:
     model = next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
-    return model.replace(",", " ")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{model.replace(',', ' ')}; {cores} cores"
 
 
 def versions() -> str:

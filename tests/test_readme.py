@@ -39,6 +39,9 @@ def test_the_python_of_the_pages_runs(page: Path, tmp_path: Path) -> None:
     code = [content for language, content in blocks(page) if language == "python"]
     assert code, f"{page} shows no Python"
     program = tmp_path / "readme.py"
+    code.append("assert loss.isfinite() and step.done and any(param.grad is not None for param in engram.parameters())")
+    if page is GUIDE:
+        code[-1] = "assert loss.isfinite() and step.done and schedule.last_epoch == len(batches)"
     program.write_text("\n".join(code), encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
