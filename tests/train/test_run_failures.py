@@ -85,6 +85,13 @@ def test_gradients_that_are_not_finite_stop_before_anything_is_saved(make_traine
     assert not list(trainer.folder.glob("step-*"))
 
 
+def test_a_compiler_that_is_not_there(make_recipe, text, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ValueError, match=r"compile=true needs a C\+\+ compiler, such as g\+\+: install one"):
+        Trainer(make_recipe(compile=True), text=text)
+
+
 def test_a_gpu_that_is_not_there(make_recipe, text, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device is 'cuda', but PyTorch sees no GPU here: use device cpu"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +48,13 @@ def require_device(device: str) -> None:
         raise ValueError(
             "device is 'cuda', but PyTorch sees no GPU here: use device cpu, or a CUDA build of torch with a GPU."
         )
+
+
+def require_compiler() -> None:
+    """Raises ``ValueError`` when there is no C++ compiler for ``torch.compile``."""
+    named = os.environ.get("CXX")
+    if not any(map(shutil.which, [named] if named else ["g++", "clang++", "c++", "cl"])):
+        raise ValueError("compile=true needs a C++ compiler, such as g++: install one, or set compile=false.")
 
 
 def build_text(recipe: Recipe) -> Text:

@@ -28,6 +28,7 @@ from torch_engram.train.build import (
     build_optimizers,
     build_text,
     fit_to_text,
+    require_compiler,
     require_device,
 )
 from torch_engram.train.checkpoint import (
@@ -84,6 +85,8 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, *, resume_run: bool = False, text: Text | None = None):
         require_device(recipe.device)
+        if recipe.compile:
+            require_compiler()
         self.recipe = recipe
         self.folder = Path(recipe.out) / recipe.name
         self.text = text if text is not None else build_text(recipe)
