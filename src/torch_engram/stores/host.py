@@ -13,21 +13,18 @@ import torch
 from torch import Tensor
 
 from torch_engram.stores.records import RecordLayout
-from torch_engram.stores.table import RecordTable
+from torch_engram.stores.table import RecordTable, TableStore
 
 _MOST_PENDING = 4
 """Writes under way; a further one waits for the oldest, so that what is held in memory stays bounded."""
 
 
-class HostStore:
+class HostStore(TableStore):
     """A writable store in host memory that serves keys from, and records to, any device."""
-
-    grouped = False
 
     def __init__(self, layout: RecordLayout, spaces: Mapping[int, int], pinned: bool | None = None):
         self._pinned = torch.cuda.is_available() if pinned is None else pinned
-        self.table = RecordTable(layout, spaces, torch.device("cpu"), pinned=self._pinned)
-        self.layout, self.spaces = layout, self.table.spaces
+        super().__init__(RecordTable(layout, spaces, torch.device("cpu"), pinned=self._pinned))
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engram-host-writer")
         self._pending: deque[Future[None]] = deque()
         self._epoch = 0
@@ -82,16 +79,3 @@ class HostStore:
             raise RuntimeError(
                 f"write {self._acknowledged + 1} to host memory failed, and those after it were left out"
             )
-
-    def changed(self, space: int) -> Tensor:
-        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
-        return self.table.changed(space)
-
-    @property
-    def counts_from(self) -> int:
-        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
-        return self.table.counts_from
-
-    def forget_changes(self) -> int:
-        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
-        return self.table.forget_changes()

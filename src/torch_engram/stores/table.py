@@ -1,4 +1,4 @@
-"""The flat array of records that the device and the host store both keep: rows of all spaces, one after the other."""
+"""What the device and the host store share: a flat array of records, rows of all spaces one after the other."""
 
 from __future__ import annotations
 
@@ -57,6 +57,28 @@ class RecordTable:
         self.counts_from += 1
         self._changed = _zeros(self._changed.shape, self.device)
         return self.counts_from
+
+
+class TableStore:
+    """The part of a writable store that follows from its table."""
+
+    grouped = False
+
+    def __init__(self, table: RecordTable):
+        self.table, self.layout, self.spaces = table, table.layout, table.spaces
+
+    @property
+    def counts_from(self) -> int:
+        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
+        return self.table.counts_from
+
+    def changed(self, space: int) -> Tensor:
+        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
+        return self.table.changed(space)
+
+    def forget_changes(self) -> int:
+        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
+        return self.table.forget_changes()
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device, pinned: bool = False) -> Tensor:
