@@ -2,6 +2,6 @@
 
 from torch_engram.addressing.canonical import CanonicalVocab
 from torch_engram.addressing.layout import LayerLayout, layouts
-from torch_engram.addressing.ngrams import Addressing
+from torch_engram.addressing.ngrams import Addressing, Lookup
 
-__all__ = ["Addressing", "CanonicalVocab", "LayerLayout", "layouts"]
+__all__ = ["Addressing", "CanonicalVocab", "LayerLayout", "Lookup", "layouts"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,12 @@ from torch_engram.addressing.canonical import CanonicalVocab
 from torch_engram.addressing.layout import LayerLayout, layouts
 from torch_engram.config import EngramConfig
 from torch_engram.window import Window
+
+if TYPE_CHECKING:
+    from torch_engram.addressing.address_kernels import Hashes
+
+Lookup = Callable[[int], tuple[Tensor, Tensor]]
+"""What :meth:`Addressing.lookup` gives: a layer to its mixes ``[B, T, N-1]`` and row ids ``[B, T, C]``."""
 
 
 class Addressing:
@@ -45,6 +53,7 @@ class Addressing:
         self.layouts: dict[int, LayerLayout] = dict(stored) if stored is not None else layouts(config)
         self._constants: dict[tuple[int | None, torch.device], tuple[Tensor, ...]] = {}
         self._reducers: dict[tuple[int, torch.device], Callable[[Tensor], Tensor]] = {}
+        self._hashes: dict[torch.device, Hashes] = {}
 
     def new_history(self, drafts: int = 0) -> Window:
         """An empty history for decoding: each sequence's last N-1 tokens, document starts and dead flags."""
@@ -64,28 +73,56 @@ class Addressing:
         bool ``[B, T]``, True at a document's first token. ``live``: bool ``[B, T]``, False at padding and image
         tokens. Raises ``ValueError`` for an id outside the vocabulary.
         """
-        for name, given in (("tokens", tokens), ("doc_start", doc_start), ("live", live)):
-            if given is not None and (given.ndim != 2 or given.shape != tokens.shape):
-                raise ValueError(
-                    f"{name} has the shape {list(given.shape)}: tokens and their masks are [B, T], all alike."
-                )
-            if given is not None and given.dtype != (torch.int64 if name == "tokens" else torch.bool):
-                kind = "int64" if name == "tokens" else "bool"
-                raise ValueError(f"{name} is {given.dtype}: make it {kind}, with .to(torch.{kind}).")
+        _require_alike(tokens, doc_start, live)
         self._refuse_strangers(tokens)
         if history is None and doc_start is None and live is None and self.config.scheme == "engram":
             return self._slide(tokens)  # nothing ends a segment but the sequence
-        start = torch.zeros_like(tokens, dtype=torch.bool) if doc_start is None else doc_start.to(tokens.device)
-        dead = torch.zeros_like(start) if live is None else ~live.to(tokens.device)
-        length = tokens.shape[1]
+        chunk = _flagged(tokens, doc_start, live)
+        seen = _in_context(history, chunk)
         if history is not None:
-            before = history.last()
-            history.push(tokens, start, dead)
-            if before:
-                tokens, start, dead = (
-                    torch.cat(pair, dim=1) for pair in zip(before, (tokens, start, dead), strict=True)
-                )
-        return self._gather(tokens, start, dead)[:, tokens.shape[1] - length :]
+            history.push(*chunk)
+        return self._gather(*seen)[:, seen[0].shape[1] - tokens.shape[1] :]
+
+    def lookup(
+        self,
+        tokens: Tensor,
+        *,
+        history: Window | None = None,
+        doc_start: Tensor | None = None,
+        live: Tensor | None = None,
+        with_mixes: bool = True,
+    ) -> Lookup:
+        """:meth:`windows`, then :meth:`rows` for the layers that are asked for.
+
+        On a GPU one kernel finds the rows of all layers now; elsewhere each layer's are found when it is asked for, so
+        that the first need not wait for the last. ``with_mixes=False`` allows mixes ``[B, T, 0]`` in place of theirs.
+        Raises ``ValueError`` as :meth:`windows` does, now.
+        """
+        if tokens.is_cuda:
+            return self._lookup_at_once(tokens, history, doc_start, live, with_mixes)
+        windows = self.windows(tokens, history=history, doc_start=doc_start, live=live)
+        return partial(self.rows, windows)
+
+    def _lookup_at_once(
+        self, tokens: Tensor, history: Window | None, doc_start: Tensor | None, live: Tensor | None, with_mixes: bool
+    ) -> Lookup:
+        """:meth:`lookup` with the kernel, on any device that can run it."""
+        from torch_engram.addressing.address_kernels import Hashes, address_triton
+
+        _require_alike(tokens, doc_start, live)
+        device = tokens.device
+        if device not in self._hashes:
+            ids = self._map(device) if self.vocab is not None else None
+            self._hashes[device] = Hashes.of(self.layouts.values(), ids, self.raw_size, self.pad, device)
+        chunk = _flagged(tokens, doc_start, live)
+        seen = _in_context(history, chunk)
+        context = seen[0].shape[1] - tokens.shape[1]
+        mixes, rows, stranger = address_triton(*seen, context, self._hashes[device], with_mixes)
+        if stranger.item():  # the one time that this thread waits for the device
+            self._refuse_strangers(tokens)
+        if history is not None:
+            history.push(*chunk)
+        return dict(zip(self.layouts, zip(mixes, rows, strict=True), strict=True)).__getitem__
 
     def _gather(self, tokens: Tensor, start: Tensor, dead: Tensor) -> Tensor:
         """Windows of whole sequences: a position sees back to its segment's start and no further."""
@@ -145,3 +182,28 @@ class Addressing:
             values = (layout.multipliers, layout.offsets, *layout.primes)
             self._constants[layer, device] = tuple(torch.tensor(v, dtype=torch.int64, device=device) for v in values)
         return self._constants[layer, device]
+
+
+def _require_alike(tokens: Tensor, doc_start: Tensor | None, live: Tensor | None) -> None:
+    for name, given in (("tokens", tokens), ("doc_start", doc_start), ("live", live)):
+        if given is not None and (given.ndim != 2 or given.shape != tokens.shape):
+            raise ValueError(f"{name} has the shape {list(given.shape)}: tokens and their masks are [B, T], all alike.")
+        if given is not None and given.dtype != (torch.int64 if name == "tokens" else torch.bool):
+            kind = "int64" if name == "tokens" else "bool"
+            raise ValueError(f"{name} is {given.dtype}: make it {kind}, with .to(torch.{kind}).")
+
+
+def _flagged(tokens: Tensor, doc_start: Tensor | None, live: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, document starts and dead flags, all ``[B, T]`` on the tokens' device."""
+    start = torch.zeros_like(tokens, dtype=torch.bool) if doc_start is None else doc_start.to(tokens.device)
+    dead = torch.zeros_like(start) if live is None else ~live.to(tokens.device)
+    return tokens, start, dead
+
+
+def _in_context(history: Window | None, chunk: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The chunk behind what a history holds of the positions before it."""
+    before = history.last() if history is not None else ()
+    if not before:
+        return chunk
+    tokens, start, dead = (torch.cat(pair, dim=1) for pair in zip(before, chunk, strict=True))
+    return tokens, start, dead

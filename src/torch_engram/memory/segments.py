@@ -1,6 +1,6 @@
 """Unique rows of a step, their expansion to positions, and the merge of gradients back: the index work of a lookup.
 
-``expand`` and ``merge`` choose by device: PyTorch here on a CPU, the Triton kernels of
+``unique_rows``, ``expand`` and ``merge`` choose by device: PyTorch here on a CPU, the Triton kernels of
 :mod:`torch_engram.memory.segment_kernels` on a GPU. ``merge_naive`` reads like the definition; the others give the same
 sums, each row's reads added in one fixed order, so that the bits never depend on threads or luck.
 """
@@ -33,11 +33,16 @@ class Segments:
         return cls(inverse, order, starts)
 
 
-def unique_rows(ids: Tensor) -> tuple[Tensor, Tensor, Segments]:
+def unique_rows(ids: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor, Segments]:
     """Distinct ids ascending ``[U]``, the read ``[U]`` where each was first met, and the segments; one stable sort.
 
-    ``ids``: int64 ``[n]``.
+    ``ids``: int64 ``[n]``. ``rows``: all ids are from 0 to below it, where given; a GPU sorts narrower keys then.
     """
+    if ids.is_cuda and len(ids):
+        from torch_engram.memory.segment_kernels import unique_triton
+
+        distinct, first, *segments = unique_triton(ids, rows)
+        return distinct, first, Segments(*segments)
     ordered, order = ids.sort(stable=True)
     new = torch.ones_like(ordered, dtype=torch.bool)
     new[1:] = ordered[1:] != ordered[:-1]
@@ -48,7 +53,10 @@ def unique_rows(ids: Tensor) -> tuple[Tensor, Tensor, Segments]:
 
 
 def expand(values: Tensor, inverse: Tensor, out: Tensor) -> Tensor:
-    """Row values ``[U, dim]`` to one row a read, in ``out`` ``[n, dim]`` and rounded to its type; returns ``out``."""
+    """Row values ``[U, dim]`` to one row a read, in ``out`` ``[n, dim]`` and rounded to its type; returns ``out``.
+
+    Rows of ``values`` may be any distance apart, as in a view of encoded records.
+    """
     if values.is_cuda:
         from torch_engram.memory.segment_kernels import expand_triton
 
@@ -63,12 +71,16 @@ def merge_naive(grads: Tensor, segments: Segments) -> Tensor:
 
 
 def merge(grads: Tensor, segments: Segments, out: Tensor | None = None) -> Tensor:
-    """Equal to :func:`merge_naive`, and deterministic. In ``out``, fp32 ``[U, dim]``, where given."""
+    """Equal to :func:`merge_naive`, and deterministic. In ``out``, fp32 ``[U, dim]``, where given.
+
+    Rows of ``grads`` may be any distance apart.
+    """
     if grads.is_cuda:
         from torch_engram.memory.segment_kernels import merge_triton
 
         if out is None:
             out = torch.empty(len(segments.starts), grads.shape[1], device=grads.device)
-        return merge_triton(grads.contiguous(), segments.order, segments.starts, out)
+        side_by_side = grads if grads.stride(1) == 1 else grads.contiguous()  # those of a plain sum() all share a place
+        return merge_triton(side_by_side, segments.inverse, segments.order, segments.starts, out)
     merged = F.embedding_bag(segments.order, grads.float(), segments.starts, mode="sum")  # a bag of reads for every row
     return merged if out is None else out.copy_(merged)
