@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_engram.config import EngramConfig
-from torch_engram.fusion.convolution import ShortConvolution
+from torch_engram.fusion.convolution import ShortConvolution, document_age
 from torch_engram.fusion.gate import gate
 from torch_engram.fusion.styles import STYLES
 from torch_engram.window import Window
@@ -81,10 +81,25 @@ class Engram(nn.Module):
         configuration.
         """
         self._check(streams, embeddings)
-        branches, hidden = self.config.branches, self.config.hidden
         if not torch.is_autocast_enabled(embeddings.device.type):  # which would choose the type itself
             embeddings = embeddings.to(self.wkv.weight.dtype)
-        keys_value = self.wkv(embeddings).unflatten(-1, (branches + 1, hidden))
+        keys_value = self.wkv(embeddings)
+        if streams.is_cuda and state is None and not self.style.casts_after_norms:
+            streams, alpha = self.fuse_triton(streams, keys_value, live, doc_start)
+        else:
+            streams, alpha = self.fuse_naive(streams, keys_value, live, doc_start, state)
+        return (streams, alpha) if return_gates else streams
+
+    def fuse_naive(
+        self,
+        streams: Tensor,
+        keys_value: Tensor,
+        live: Tensor | None = None,
+        doc_start: Tensor | None = None,
+        state: EngramState | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """All that follows the matrix product, ``keys_value`` ``[B, T, (M + 1) * d]``, as in the formula above."""
+        keys_value = keys_value.unflatten(-1, (self.config.branches + 1, self.config.hidden))
         keys, value = keys_value[:, :, :-1], keys_value[:, :, -1:]  # [B, T, M, d], [B, T, 1, d]
         alpha = gate(streams, keys, self.query_weight, self.key_weight, self.style)  # [B, T, M]
         if live is not None:
@@ -93,8 +108,34 @@ class Engram(nn.Module):
         added = u.float()
         if self.convolution is not None:
             added = added + self.convolution(u, streams.dtype, doc_start, state)
-        streams = (streams.float() + added).to(streams.dtype)
-        return (streams, alpha.float()) if return_gates else streams
+        return (streams.float() + added).to(streams.dtype), alpha.float()
+
+    def fuse_triton(
+        self, streams: Tensor, keys_value: Tensor, live: Tensor | None = None, doc_start: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`fuse_naive`, in three passes over memory forward and three back, for styles without casts between
+        the norms and the gate."""
+        from torch_engram.fusion.fused import fuse_triton
+
+        style, convolution = self.style, self.convolution
+        if doc_start is None or style.conv_crosses_documents:
+            age = torch.arange(streams.shape[1], device=streams.device).repeat(len(streams), 1)
+        else:
+            age = document_age(doc_start)
+        query_weight, key_weight = (w.float() + style.weight_offset for w in (self.query_weight, self.key_weight))
+        return fuse_triton(
+            streams,
+            keys_value,
+            query_weight * key_weight,  # without a cast between them only their product counts
+            None if convolution is None else convolution.norm_weight.float() + style.weight_offset,
+            None if convolution is None else convolution.weight.float(),
+            age=age.int(),
+            live=live,
+            gate_eps=style.gate_eps,
+            conv_eps=style.conv_eps,
+            dilation=self.config.conv_dilation,
+            copies_sign=style.copies_sign,
+        )
 
     def _check(self, streams: Tensor, embeddings: Tensor) -> None:
         config = self.config

@@ -1,0 +1,187 @@
+"""The fusion's backward pass on a GPU: what is cheap is computed again, and no sum depends on the order of threads.
+
+With g the gradient of the output, per token and branch, and the names of :mod:`torch_engram.fusion.forward_kernels`:
+
+    dz   = g * SiLU'(z)                             z_t = sum over taps j of W_j * cw * r_{t-j} * v_{t-j}
+    da   = sum(g * v) + dr * eps / q**(3/2)         q = alpha**2 * mean(v**2) + eps
+    dr   = sum(v * dx)                              dx_t = sum over taps j of W_j * cw * dz_{t+j}
+    ds   = da * alpha * (1 - alpha) / (2 * sqrt|s|)
+    dh   = g + A * k * w - B * h                    A = ds * rq * rk / sqrt(D),  B = ds * s * rq**2 / D
+    dk   =     A * h * w - C * k                                                 C = ds * s * rk**2 / D
+    dv   = sum over branches of (alpha * g + r * dx - dr * alpha**3 / q**(3/2) / D * v)
+
+(t-j stands for j dilations back.) The kernels, in this order: dz; what v gets from the sum and through the convolution;
+the factors of a token and branch; dh and dk; what v gets through its norm. Sums over channels are left as one part a chunk of channels,
+sums over tokens as one part a block of tokens; both are added up afterwards, in order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from torch_engram.fusion.forward_kernels import SMALLEST_SCORE, convolve, seen_values, values
+
+
+@triton.jit
+def _convolution_slopes(
+    grad, keys_value, value_scale, kernel, age, dz_out, tap_sums, tokens, dilation,
+    M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr,
+    BLOCK: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The slopes dz of a block of tokens and a chunk of channels of one branch, and sum over tokens of dz * r * v
+    ``[blocks, TAPS, M, D]``, from which the gradients of both parameters of the convolution follow."""
+    branch = tl.program_id(0) % M
+    chunks = tl.cdiv(D, CHUNK)
+    channel = tl.program_id(0) // M % chunks * CHUNK + tl.arange(0, CHUNK)
+    block = (tl.program_id(0) // (M * chunks)).to(tl.int64)
+    value = keys_value + M * D
+    totals = ()
+    for _ in tl.static_range(TAPS):
+        totals = totals + (tl.zeros([TOKENS, CHUNK], tl.float32),)
+    for first in range(0, BLOCK, TOKENS):
+        token = block * BLOCK + first + tl.arange(0, TOKENS)
+        here = token < tokens
+        inside = here[:, None] & (channel < D)[None]
+        at = (token * M + branch)[:, None] * D + channel[None]
+        seen = seen_values(value, value_scale, age, token, here, branch, channel, dilation, M, D, TAPS)
+        z = convolve(seen, kernel, branch, channel, M, D, TAPS)
+        sigmoid = tl.sigmoid(z)
+        dz = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * sigmoid * (1 + z * (1 - sigmoid))
+        tl.store(dz_out + at, dz.to(dz_out.dtype.element_ty), mask=inside)
+        grown = ()
+        for tap in tl.static_range(TAPS):
+            grown = grown + (totals[tap] + dz * seen[tap],)
+        totals = grown
+    for tap in tl.static_range(TAPS):
+        place = ((block * TAPS + tap) * M + branch) * D + channel
+        tl.store(tap_sums + place, tl.sum(totals[tap], axis=0), mask=channel < D)
+
+
+@triton.jit
+def _value_gradients(
+    grad, keys_value, dz, alpha, value_scale, kernel, age, grad_keys_value, row_sums, tokens, dilation,
+    M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """sum over branches of (alpha * g + r * dx) of some tokens and channels, and the parts of sum(g * v) and of dr,
+    ``[chunks, 2, M, n]``."""
+    chunks = tl.cdiv(D, CHUNK)
+    chunk = tl.program_id(0) % chunks
+    channel = chunk * CHUNK + tl.arange(0, CHUNK)
+    token = (tl.program_id(0) // chunks).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    here = token < tokens
+    inside = here[:, None] & (channel < D)[None]
+    v = values(keys_value + M * D, token, here, channel, M, D)
+    dv = tl.zeros([TOKENS, CHUNK], tl.float32)
+    for branch in range(M):
+        place = token * M + branch
+        g = tl.load(grad + place[:, None] * D + channel[None], mask=inside, other=0.0).to(tl.float32)
+        dv += tl.load(alpha + place, mask=here, other=0.0)[:, None] * g
+        sums = row_sums + (chunk.to(tl.int64) * 2 * M + branch) * tokens + token
+        tl.store(sums, tl.sum(g * v, axis=1), mask=here)
+        if TAPS > 0:
+            dx = later_slopes(dz, kernel, age, token, branch, channel, tokens, dilation, M, D, TAPS)
+            dv += tl.load(value_scale + place, mask=here, other=0.0)[:, None] * dx
+            tl.store(sums + M * tokens, tl.sum(dx * v, axis=1), mask=here)
+    at = (token * (M + 1) + M)[:, None] * D + channel[None]
+    tl.store(grad_keys_value + at, dv.to(grad_keys_value.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def later_slopes(
+    dz, kernel, age, token, branch, channel, tokens, dilation, M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr
+):  # fmt: skip
+    """Slopes dx of some tokens and channels: what the convolution sends back from the positions that saw them."""
+    dx = tl.zeros([token.shape[0], channel.shape[0]], tl.float32)
+    for tap in tl.static_range(TAPS):
+        ahead = (TAPS - 1 - tap) * dilation
+        reached = token + ahead < tokens
+        reached = reached & (tl.load(age + token + ahead, mask=reached, other=0) >= ahead)
+        at = ((token + ahead) * M + branch)[:, None] * D + channel[None]
+        slope = tl.load(dz + at, mask=reached[:, None] & (channel < D)[None], other=0.0).to(tl.float32)
+        dx += slope * tl.load(kernel + (tap * M + branch) * D + channel, mask=channel < D, other=0.0)[None]
+    return dx
+
+
+@triton.jit
+def _gate_slopes(
+    row_sums, grad_alpha, alpha, query_rms, key_rms, score, value_rms, of_product, of_query, of_key, of_value,
+    tokens, chunks, conv_eps, scale, M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """A, B, C and the factor of v of one branch of some tokens, each fp32 ``[n, M]``; ``scale`` is 1 / sqrt(D)."""
+    branch = tl.program_id(1)
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    here = token < tokens
+    place = token * M + branch
+    da = tl.load(grad_alpha + place, mask=here, other=0.0)
+    dr = tl.zeros([TOKENS], tl.float32)
+    sums = row_sums + branch * tokens + token
+    for _ in range(chunks):
+        da += tl.load(sums, mask=here, other=0.0)
+        if TAPS > 0:
+            dr += tl.load(sums + M * tokens, mask=here, other=0.0)
+        sums += 2 * M * tokens
+    a = tl.load(alpha + place, mask=here, other=0.0)
+    rv = tl.load(value_rms + place, mask=here, other=0.0)  # q**(-1/2)
+    through_norm = dr * rv * rv * rv
+    da += through_norm * conv_eps
+    s = tl.load(score + place, mask=here, other=1.0)
+    size = tl.abs(s)
+    ds = tl.where(size >= SMALLEST_SCORE, da * a * (1 - a) / (2 * tl.sqrt(size)), 0.0)
+    rq = tl.load(query_rms + place, mask=here, other=0.0)
+    rk = tl.load(key_rms + place, mask=here, other=0.0)
+    tl.store(of_product + place, ds * rq * rk * scale, mask=here)
+    tl.store(of_query + place, ds * s * rq * rq / D, mask=here)
+    tl.store(of_key + place, ds * s * rk * rk / D, mask=here)
+    tl.store(of_value + place, -through_norm * a * a * a / D, mask=here)
+
+
+@triton.jit
+def _key_gradients(
+    grad, streams, keys_value, weight, of_product, of_query, of_key, grad_streams, grad_keys_value, weight_sums, tokens,
+    M: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """dh and dk of a block of tokens and a chunk of channels of one branch, and sum over tokens of A * h * k
+    ``[blocks, M, D]``."""
+    branch = tl.program_id(0) % M
+    chunks = tl.cdiv(D, CHUNK)
+    channel = tl.program_id(0) // M % chunks * CHUNK + tl.arange(0, CHUNK)
+    block = (tl.program_id(0) // (M * chunks)).to(tl.int64)
+    w = tl.load(weight + branch * D + channel, mask=channel < D, other=0.0)[None]
+    total = tl.zeros([TOKENS, CHUNK], tl.float32)
+    for first in range(0, BLOCK, TOKENS):
+        token = block * BLOCK + first + tl.arange(0, TOKENS)
+        here = token < tokens
+        inside = here[:, None] & (channel < D)[None]
+        place = token * M + branch
+        at = place[:, None] * D + channel[None]
+        key_at = (token * (M + 1) + branch)[:, None] * D + channel[None]
+        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        h = tl.load(streams + at, mask=inside, other=0.0).to(tl.float32)
+        k = tl.load(keys_value + key_at, mask=inside, other=0.0).to(tl.float32)
+        product = tl.load(of_product + place, mask=here, other=0.0)[:, None]
+        dh = g + product * k * w - tl.load(of_query + place, mask=here, other=0.0)[:, None] * h
+        dk = product * h * w - tl.load(of_key + place, mask=here, other=0.0)[:, None] * k
+        tl.store(grad_streams + at, dh.to(grad_streams.dtype.element_ty), mask=inside)
+        tl.store(grad_keys_value + key_at, dk.to(grad_keys_value.dtype.element_ty), mask=inside)
+        total += product * h * k
+    tl.store(weight_sums + (block * M + branch) * D + channel, tl.sum(total, axis=0), mask=channel < D)
+
+
+@triton.jit
+def _add_through_norm(
+    keys_value, of_value, grad_keys_value, tokens,
+    M: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Adds to dv what comes through the norm of u."""
+    chunks = tl.cdiv(D, CHUNK)
+    channel = tl.program_id(0) % chunks * CHUNK + tl.arange(0, CHUNK)
+    token = (tl.program_id(0) // chunks).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    here = token < tokens
+    factor = tl.zeros([TOKENS], tl.float32)
+    for branch in range(M):
+        factor += tl.load(of_value + token * M + branch, mask=here, other=0.0)
+    v = values(keys_value + M * D, token, here, channel, M, D)
+    dv = values(grad_keys_value + M * D, token, here, channel, M, D) + factor[:, None] * v
+    at = (token * (M + 1) + M)[:, None] * D + channel[None]
+    tl.store(grad_keys_value + at, dv.to(grad_keys_value.dtype.element_ty), mask=here[:, None] & (channel < D)[None])

@@ -1,0 +1,89 @@
+"""The Triton form of the fusion against its twin, forward and gradients: through the interpreter on a CPU, else
+compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from torch_engram.config import EngramConfig
+from torch_engram.fusion import Engram, fused
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel leaves unwritten is NaN."""
+
+    class Poisoned:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        def empty(self, *size: Any, **options: Any) -> Tensor:
+            return torch.empty(*size, **options).fill_(torch.nan)
+
+        def empty_like(self, like: Tensor) -> Tensor:
+            return torch.full_like(like, torch.nan)
+
+    monkeypatch.setattr(fused, "torch", Poisoned())
+
+
+def make(**fields: Any) -> Engram:
+    config = EngramConfig(**{**dict(layers=(0,), hidden=8, vocab_size=50, heads=1, row_dim=5, branches=2), **fields})
+    engram = Engram(config).to(DEVICE)
+    for parameter in engram.parameters():
+        torch.nn.init.normal_(parameter, mean=0.3, std=0.5)
+    return engram
+
+
+def results(engram: Engram, form: str, inputs: list[Tensor], masks: list[Tensor | None]) -> list[Tensor]:
+    """Streams, gates, and the gradients of inputs and parameters under a loss that reads both."""
+    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+    engram.zero_grad()
+    streams, alpha = getattr(engram, form)(*inputs, *masks)
+    assert streams.dtype == inputs[0].dtype and alpha.dtype == torch.float32
+    torch.manual_seed(1)
+    wanted = [torch.randn(tensor.shape).to(tensor) for tensor in (streams, alpha)]
+    torch.autograd.backward((streams, alpha), wanted)
+    used = [p for name, p in engram.named_parameters() if not name.startswith("wkv")]
+    return [streams, alpha, *(x.grad for x in [*inputs, *used] if x.grad is not None)]
+
+
+def compare(engram: Engram, inputs: list[Tensor], masks: list[Tensor | None], rtol: float) -> None:
+    """Each result within ``rtol`` of the twin's on the same numbers in fp32, as a share of its size."""
+    expected = results(engram, "fuse_naive", [tensor.float() for tensor in inputs], masks)
+    found = results(engram, "fuse_triton", inputs, masks)
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.isfinite().all()
+        error = (mine.float() - theirs.float()).norm() / theirs.float().norm().clamp_min(1e-3)
+        assert error < rtol, f"{tuple(mine.shape)}: {error:.2e}"
+
+
+@settings(max_examples=8, phases=(Phase.explicit, Phase.generate))  # an example takes too long to shrink
+@given(
+    fusion=st.sampled_from(("paper", "deepseek-v4.1")), branches=st.integers(1, 4), hidden=st.integers(1, 130),
+    taps=st.sampled_from((0, 2, 3, 4)), order=st.integers(2, 4), batch=st.integers(1, 3), tokens=st.integers(1, 70),
+    masked=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+@example(fusion="paper", branches=4, hidden=65, taps=4, order=3, batch=2, tokens=67, masked=True, seed=0)
+@example(fusion="paper", branches=1, hidden=64, taps=4, order=3, batch=1, tokens=64, masked=False, seed=0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_the_naive_form(
+    dtype: torch.dtype, fusion: str, branches: int, hidden: int, taps: int, order: int, batch: int, tokens: int,
+    masked: bool, seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    engram = make(fusion=fusion, branches=branches, hidden=hidden, conv_kernel=taps, max_ngram=order)
+    streams = torch.randn(batch, tokens, branches, hidden).to(DEVICE, dtype)
+    keys_value = torch.randn(batch, tokens, (branches + 1) * hidden).to(DEVICE, dtype)
+    masks: list[Tensor | None] = [None, None]
+    if masked:
+        masks = [(torch.rand(batch, tokens) < share).to(DEVICE) for share in (0.8, 0.2)]
+    compare(engram, [streams, keys_value], masks, rtol=1e-3 if dtype == torch.float32 else 2e-2)
