@@ -13,6 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def as_autocast(x: Tensor) -> Tensor:
+    """``x`` in autocast's type where autocast is on, which knows ``F.linear`` but not grouped products."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """``[n, f]``: rows of ``x`` ``[n, d]``, sorted by group, times their group's ``weight``, ``[groups, d, f]``.
 

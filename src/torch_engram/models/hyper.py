@@ -11,12 +11,18 @@ Shapes: B batch, T tokens, M branches, d hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Mixing = tuple[Tensor, ...]
-"""H_res ``[B, T, M, M]`` and H_post ``[B, T, M]``; nothing for one branch."""
+"""H_res ``[B, T, M, M]`` and H_post ``[B, T, M]``; on a GPU also the streams. Nothing for one branch."""
+
+
+_MOST_FUSED = 8
+"""Most branches that the kernels hold in registers."""
 
 
 class PlainResidual(nn.Module):
@@ -43,8 +49,41 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     return matrix
 
 
+def read_naive(
+    streams: Tensor, weight: Tensor, strength: Tensor, static: Tensor, iterations: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """H_pre x ``[B, T, d]``, H_res ``[B, T, M, M]`` and H_post ``[B, T, M]`` of streams ``[B, T, M, d]``.
+
+    With K = 2M + M^2 coefficients (pre, post, res row by row): ``weight`` is ``[K, M * d]``, ``static`` ``[K]``, and
+    ``strength`` ``[3]``, one for each kind.
+    """
+    branches = streams.shape[2]
+    parts = (branches, branches, branches * branches)
+    flat = streams.flatten(2)
+    normed = F.rms_norm(flat.float(), (flat.shape[-1],), eps=eps)
+    with torch.autocast(streams.device.type, enabled=False):
+        dynamic = F.linear(normed, weight.float()).split(parts, dim=-1)
+    constant, gain = static.float().split(parts), strength.float()
+    pre, post, res = (gain[i] * dynamic[i] + constant[i] for i in range(3))
+    h_res = sinkhorn(res.unflatten(-1, (branches, branches)), iterations)
+    read = (pre.sigmoid()[..., None] * streams.float()).sum(2).to(streams.dtype)
+    return read, h_res, 2 * post.sigmoid()
+
+
+def write_naive(streams: Tensor, output: Tensor, h_res: Tensor, h_post: Tensor) -> Tensor:
+    """H_res x + H_post^T output, ``[B, T, M, d]``, from streams of that shape and an output ``[B, T, d]``."""
+    # M is small: M weighted sums of branches are cheaper than a batch of B * T tiny matrix products.
+    branches = range(streams.shape[2])
+    mixed = sum((h_res[..., j, None] * streams[:, :, None, j].float() for j in branches), start=0.0)
+    written: Tensor = mixed + h_post[..., None] * output.float()[:, :, None]
+    return written.to(streams.dtype)
+
+
 class HyperConnection(nn.Module):
-    """M branches around one layer, mixed in fp32."""
+    """M branches around one layer, mixed in fp32.
+
+    A GPU runs the kernels of :mod:`torch_engram.models.hyper_fused`, other devices the functions above.
+    """
 
     def __init__(self, branches: int, hidden: int, index: int, iterations: int, eps: float):
         super().__init__()
@@ -73,24 +112,23 @@ class HyperConnection(nn.Module):
 
     def read(self, streams: Tensor) -> tuple[Tensor, Mixing]:
         """What the layer reads, ``[B, T, d]``, and how its output will be written."""
-        flat = streams.flatten(2)
-        normed = F.rms_norm(flat.float(), (flat.shape[-1],), eps=self.eps)
-        with torch.autocast(streams.device.type, enabled=False):
-            dynamic = F.linear(normed, self.dynamic.weight.float()).split(self.parts, dim=-1)
-        static = self.static.float().split(self.parts)
-        strength = self.strength.float()
-        pre, post, res = (strength[i] * dynamic[i] + static[i] for i in range(3))
-        h_res = sinkhorn(res.unflatten(-1, (self.branches, self.branches)), self.iterations)
-        read = (pre.sigmoid()[..., None] * streams.float()).sum(2).to(streams.dtype)
-        return read, (h_res, 2 * post.sigmoid())
+        function: Callable[..., tuple[Tensor, ...]] = read_naive
+        if self._fused(streams):
+            from torch_engram.models.hyper_fused import read_fused as function
+        read, *mixing = function(streams, self.dynamic.weight, self.strength, self.static, self.iterations, self.eps)
+        return read, tuple(mixing)
 
     def write(self, streams: Tensor, output: Tensor, mixing: Mixing) -> Tensor:
-        """``[B, T, M, d]``: the branches mixed, with ``output`` ``[B, T, d]`` spread over them."""
-        h_res, h_post = mixing
-        # M is small: M weighted sums of branches are cheaper than a batch of B * T tiny matrix products.
-        mixed = sum((h_res[..., j, None] * streams[:, :, None, j].float() for j in range(self.branches)), start=0.0)
-        written: Tensor = mixed + h_post[..., None] * output.float()[:, :, None]
-        return written.to(streams.dtype)
+        """``[B, T, M, d]``: the streams that were read, mixed, with ``output`` ``[B, T, d]`` spread over them."""
+        h_res, h_post, *through = mixing
+        if not through:
+            return write_naive(streams, output, h_res, h_post)
+        from torch_engram.models.hyper_fused import write_fused
+
+        return write_fused(through[0], output, h_res, h_post)
+
+    def _fused(self, streams: Tensor) -> bool:
+        return streams.is_cuda and self.branches <= _MOST_FUSED
 
 
 def residual(branches: int, hidden: int, index: int, iterations: int, eps: float) -> PlainResidual | HyperConnection:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torch_engram.models.config import MoEConfig
 from torch_engram.models.feedforward import SwiGLU
-from torch_engram.models.grouped import grouped_product
+from torch_engram.models.grouped import as_autocast, grouped_product
 
 
 class _Dispatch(torch.autograd.Function):
@@ -49,12 +49,26 @@ class _Combine(torch.autograd.Function):
         return grads[0].index_select(0, order // ctx.top_k), None, None, None
 
 
-def moe_grouped(x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def moe_grouped(
+    x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, shared: Tensor | None = None
+) -> Tensor:
     """Sum over a token's experts of gate * expert(x), ``[n, d]``: tokens sorted by expert, two grouped products.
 
     ``x`` is ``[n, d]``, ``chosen`` (int64) and ``gates`` ``[n, k]``, ``gate_up`` ``[experts, d, 2f]`` and ``down``
-    ``[experts, f, d]``.
+    ``[experts, f, d]``; ``shared`` ``[n, d]`` is added. On a GPU, sorting, copying, activating and adding up are the
+    kernels of :mod:`torch_engram.models.moe_fused`; elsewhere they are :func:`moe_sorted`. The products are the same.
     """
+    if x.is_cuda:
+        from torch_engram.models.moe_fused import moe_fused
+
+        return moe_fused(x, chosen, gates, gate_up, down, shared)
+    return moe_sorted(x, chosen, gates, gate_up, down, shared)
+
+
+def moe_sorted(
+    x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, shared: Tensor | None = None
+) -> Tensor:
+    """:func:`moe_grouped` in PyTorch's own operators, on any device."""
     top_k, experts = chosen.shape[1], gate_up.shape[0]
     flat = chosen.flatten()
     expert, order = flat.sort(stable=True)
@@ -65,7 +79,7 @@ def moe_grouped(x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tensor, down:
     # An expert's output is linear in its inner activations: the gate is applied there, where rows are narrower.
     inner = F.silu(gate) * up * gates.flatten()[order, None].to(rows.dtype)
     combined: Tensor = _Combine.apply(grouped_product(inner, down.to(rows.dtype), ends), order, inverse, top_k)
-    return combined
+    return combined if shared is None else combined + shared
 
 
 def moe_naive(x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -108,8 +122,8 @@ class MoE(nn.Module):
         chosen, gates = self.route(rows)
         if self.training:
             self._count(chosen, live)
-        y = moe_grouped(rows, chosen, gates, self.gate_up, self.down).view_as(x)
-        return y if self.shared is None else y + self.shared(x)
+        shared = None if self.shared is None else self.shared(rows)
+        return moe_grouped(as_autocast(rows), chosen, gates, self.gate_up, self.down, shared).view_as(x)
 
     def route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Chosen experts (int64) and their gates (fp32), ``[n, k]``, for ``[n, d]``."""
@@ -121,6 +135,11 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def _count(self, chosen: Tensor, live: Tensor | None) -> None:
+        if chosen.is_cuda:
+            from torch_engram.models.moe_fused import count_fused
+
+            self.load += count_fused(chosen, live, self.config.experts)
+            return
         ones = torch.ones_like(chosen, dtype=self.load.dtype)
         if live is not None:
             ones = ones * live.flatten()[:, None]
