@@ -19,7 +19,8 @@ from torch_engram.addressing import CanonicalVocab
 from torch_engram.data import IGNORE_INDEX, Batch
 from torch_engram.memory import MemoryBank
 from torch_engram.models import Decoder
-from torch_engram.train.evaluate import read_memory, token_losses
+from torch_engram.train.evaluate import read_memory
+from torch_engram.train.loss import head_losses
 
 BIN_STARTS = (0, 1, 2, 4, 16, 64)
 """First occurrence count of every bin; the last one is open."""
@@ -164,9 +165,11 @@ def _losses(
     was_training = decoder.training
     decoder.eval()
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-        logits = decoder(on_device.tokens, read_memory(banks, batch), doc_start=on_device.doc_start)
+        memory = read_memory(banks, batch)
+        hidden = decoder(on_device.tokens, memory, doc_start=on_device.doc_start, return_hidden=True)
+        losses = head_losses(hidden, decoder.head.weight, on_device.targets, decoder.pad_bias)
     decoder.train(was_training)
-    return token_losses(logits, on_device.targets).double().cpu().numpy()
+    return losses.double().cpu().numpy()
 
 
 def _mean(total: float, count: int) -> float:

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from torch_engram.data import IGNORE_INDEX, Batch, PackedBatches, TokenFile
 from torch_engram.memory import Memory, MemoryBank, Tokens, join
 from torch_engram.models import Decoder
+from torch_engram.train.loss import head_losses
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,6 @@ def read_memory(banks: Mapping[str, MemoryBank], batch: Batch) -> Memory | None:
     """The memory of a batch for a forward without training; None for a model without memories."""
     tokens = Tokens(batch.tokens, doc_start=batch.doc_start)
     return join(*(bank.read(tokens) for bank in banks.values())) if banks else None
-
-
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Nats of every target: fp32 ``[B, T]`` from logits ``[B, T, V]``; 0 where there is none."""
-    flat = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
-    return flat.view_as(targets)
 
 
 @torch.no_grad()
@@ -61,8 +54,9 @@ def evaluate(
         on_device = batch.to(device)
         memory = read_memory(banks, batch)
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"):
-            logits = decoder(on_device.tokens, memory, doc_start=on_device.doc_start)
-        total += token_losses(logits, on_device.targets).sum(dtype=torch.float64)
+            hidden = decoder(on_device.tokens, memory, doc_start=on_device.doc_start, return_hidden=True)
+            losses = head_losses(hidden, decoder.head.weight, on_device.targets, decoder.pad_bias)
+        total += losses.sum(dtype=torch.float64)
         count += int((batch.targets != IGNORE_INDEX).sum())
     decoder.train(was_training)
     nats = total.item() / max(1, count)

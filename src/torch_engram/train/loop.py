@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -41,6 +40,7 @@ from torch_engram.train.checkpoint import (
 )
 from torch_engram.train.evaluate import Score, evaluate
 from torch_engram.train.guards import deterministic_kernels, interruptible, only_run
+from torch_engram.train.loss import head_loss
 from torch_engram.train.metrics import Metrics
 from torch_engram.train.recipe import Recipe, differences
 from torch_engram.train.schedule import factor
@@ -172,15 +172,14 @@ class Trainer:
     def _step(self) -> Tensor:
         """Train one step; returns its mean loss, still on the device."""
         prepared = self._next()
-        targets = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in prepared.batches)
+        targets = max(1, sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in prepared.batches))
         total = torch.zeros((), device=self.recipe.device)
         for number, batch in enumerate(prepared.batches):
             memory = join(*(rows[number] for rows in prepared.rows.values())) if prepared.rows else None
             batch = batch.to(self.recipe.device)
             with torch.autocast(self.recipe.device, torch.bfloat16, enabled=self.recipe.dtype == "bf16"):
-                logits = self.decoder(batch.tokens, memory, doc_start=batch.doc_start)
-            flat = logits.flatten(0, 1).float()
-            loss = F.cross_entropy(flat, batch.targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum") / targets
+                hidden = self.decoder(batch.tokens, memory, doc_start=batch.doc_start, return_hidden=True)
+                loss = head_loss(hidden, self.decoder.head.weight, batch.targets, self.decoder.pad_bias, targets)
             loss.backward()
             total += loss.detach()
         for rows in prepared.rows.values():

@@ -1,11 +1,15 @@
 """Muon for matrices, one or a stack of them: momentum, orthogonalised by Newton-Schulz (K. Jordan et al., 2024).
 
-``torch.optim.Muon`` takes 2-D weights only; experts are ``[experts, in, out]`` and are orthogonalised as one batch.
+``torch.optim.Muon`` takes 2-D weights one at a time. Here all matrices of one size, experts' ``[experts, in, out]``
+and transposed ones among them, are one batch, so that a step is a handful of launches and not thousands.
+:func:`orthogonalise` reads like the definition; :func:`orthogonalise_batch` is what a step runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +17,8 @@ from torch import Tensor
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Jordan's quintic: steep at zero, and stable up to 1
 _ITERATIONS = 5
+_BATCH_NUMBERS = 1 << 29
+"""Most numbers of a batch: 2 GiB in fp32."""
 
 
 def orthogonalise(update: Tensor) -> Tensor:
@@ -30,6 +36,29 @@ def orthogonalise(update: Tensor) -> Tensor:
     return result
 
 
+def orthogonalise_batch(x: Tensor) -> Tensor:
+    """:func:`orthogonalise` of bf16 ``[count, m, n]`` with m <= n, sums taken inside the matrix products."""
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    a, b, c = _COEFFICIENTS
+    for _ in range(_ITERATIONS):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Matrices of one parameter, ``[count, rows, columns]``: views of what they were made of."""
+
+    parameter: Tensor
+    grad: Tensor
+    momentum: Tensor
+
+    @property
+    def tall(self) -> bool:
+        return self.grad.shape[1] > self.grad.shape[2]
+
+
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised; decoupled weight decay.
 
@@ -42,18 +71,70 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient. Nothing waits for the device."""
         assert closure is None, "Muon takes no closure"
         for group in self.param_groups:
+            kinds: dict[tuple[Any, ...], list[_Piece]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+                    size = tuple(sorted(parameter.shape[-2:]))
+                    kinds[size, parameter.dtype, parameter.device].extend(self._pieces(parameter))
+            for pieces in kinds.values():
+                for batch in _batches(pieces):
+                    _update(batch, group)
 
-    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def _pieces(self, parameter: Tensor) -> Iterator[_Piece]:
+        """The parameter's matrices, in parts that fit into a batch."""
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
-        direction = orthogonalise(grad.lerp(momentum, group["momentum"])).to(parameter.dtype)
-        scale = 0.2 * max(parameter.shape[-2:]) ** 0.5
-        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"] * scale)
+        assert parameter.grad is not None
+        most = max(1, _BATCH_NUMBERS // (parameter.shape[-2] * parameter.shape[-1]))
+        stacks = (_stack(tensor).split(most) for tensor in (parameter, parameter.grad, state["momentum"]))
+        for parts in zip(*stacks, strict=True):
+            yield _Piece(*parts)
+
+
+def _stack(matrices: Tensor) -> Tensor:
+    return matrices.unsqueeze(0) if matrices.ndim == 2 else matrices.flatten(0, -3)
+
+
+def _batches(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
+    """Pieces in their order, as many at once as the bound allows."""
+    batch: list[_Piece] = []
+    held = 0
+    for piece in pieces:
+        if batch and held + piece.grad.numel() > _BATCH_NUMBERS:
+            yield batch
+            batch, held = [], 0
+        batch.append(piece)
+        held += piece.grad.numel()
+    if batch:
+        yield batch
+
+
+def _update(batch: list[_Piece], group: dict[str, Any]) -> None:
+    """One step of matrices of one size, the wide ones first and then the tall ones, turned."""
+    wide, tall = [piece for piece in batch if not piece.tall], [piece for piece in batch if piece.tall]
+    directions = [part for pieces in (wide, tall) if pieces for part in _nesterov(pieces, group["momentum"])]
+    done = orthogonalise_batch(torch.cat(directions))
+    del directions
+    step = -group["lr"] * 0.2 * max(batch[0].grad.shape[1:]) ** 0.5
+    turned = sum(len(piece.grad) for piece in wide)
+    for pieces, result in ((wide, done[:turned]), (tall, done[turned:].mT)):
+        if not pieces:
+            continue
+        parameters = [piece.parameter for piece in pieces]
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        # Of the parameters' type and order in memory: only then one launch serves many tensors.
+        result = result.to(parameters[0].dtype).contiguous()
+        torch._foreach_add_(parameters, result.split([len(piece.grad) for piece in pieces]), alpha=step)
+
+
+def _nesterov(pieces: list[_Piece], momentum: float) -> Iterator[Tensor]:
+    """Advance the momenta of pieces of one shape; bf16 ``[count, m, n]``, m <= n, that shall be orthogonalised."""
+    grads, momenta = [piece.grad for piece in pieces], [piece.momentum for piece in pieces]
+    torch._foreach_lerp_(momenta, grads, 1 - momentum)
+    stacked = torch.cat(torch._foreach_lerp(grads, momenta, momentum)).bfloat16()
+    yield stacked.mT if pieces[0].tall else stacked
