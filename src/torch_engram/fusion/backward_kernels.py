@@ -10,9 +10,9 @@ With g the gradient of the output, per token and branch, and the names of :mod:`
     dk   =     A * h * w - C * k                                                 C = ds * s * rk**2 / D
     dv   = sum over branches of (alpha * g + r * dx - dr * alpha**3 / q**(3/2) / D * v)
 
-(t-j stands for j dilations back.) The kernels, in this order: dz; what v gets from the sum and through the convolution;
-the factors of a token and branch; dh and dk; what v gets through its norm. Sums over channels are left as one part a chunk of channels,
-sums over tokens as one part a block of tokens; both are added up afterwards, in order.
+(t-j stands for j dilations back.) The kernels, in this order: dz; what v gets from the sum and through the
+convolution; the factors of a token and branch; dh and dk; what v gets through its norm. Sums over channels are left as
+one part a chunk of channels, sums over tokens as one part a block of tokens; both are added up afterwards, in order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from torch_engram.fusion.forward_kernels import SMALLEST_SCORE, convolve, seen_values, values
+from torch_engram.fusion.forward_kernels import SMALLEST_SCORE, convolve, seen_values, tap_weights, values
 
 
 @triton.jit
@@ -36,6 +36,7 @@ def _convolution_slopes(
     channel = tl.program_id(0) // M % chunks * CHUNK + tl.arange(0, CHUNK)
     block = (tl.program_id(0) // (M * chunks)).to(tl.int64)
     value = keys_value + M * D
+    weights = tap_weights(kernel, branch, channel, M, D, TAPS)
     totals = ()
     for _ in tl.static_range(TAPS):
         totals = totals + (tl.zeros([TOKENS, CHUNK], tl.float32),)
@@ -45,7 +46,7 @@ def _convolution_slopes(
         inside = here[:, None] & (channel < D)[None]
         at = (token * M + branch)[:, None] * D + channel[None]
         seen = seen_values(value, value_scale, age, token, here, branch, channel, dilation, M, D, TAPS)
-        z = convolve(seen, kernel, branch, channel, M, D, TAPS)
+        z = convolve(seen, weights, TAPS)
         sigmoid = tl.sigmoid(z)
         dz = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * sigmoid * (1 + z * (1 - sigmoid))
         tl.store(dz_out + at, dz.to(dz_out.dtype.element_ty), mask=inside)
@@ -63,7 +64,7 @@ def _value_gradients(
     grad, keys_value, dz, alpha, value_scale, kernel, age, grad_keys_value, row_sums, tokens, dilation,
     M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """sum over branches of (alpha * g + r * dx) of some tokens and channels, and the parts of sum(g * v) and of dr,
+    """Sum over branches of (alpha * g + r * dx) of some tokens and channels, and the parts of sum(g * v) and of dr,
     ``[chunks, 2, M, n]``."""
     chunks = tl.cdiv(D, CHUNK)
     chunk = tl.program_id(0) % chunks
@@ -141,7 +142,7 @@ def _key_gradients(
     grad, streams, keys_value, weight, of_product, of_query, of_key, grad_streams, grad_keys_value, weight_sums, tokens,
     M: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """dh and dk of a block of tokens and a chunk of channels of one branch, and sum over tokens of A * h * k
+    """The slopes dh and dk of a block of tokens and a chunk of channels of one branch, and sum over tokens of A * h * k
     ``[blocks, M, D]``."""
     branch = tl.program_id(0) % M
     chunks = tl.cdiv(D, CHUNK)

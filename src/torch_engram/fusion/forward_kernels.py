@@ -21,49 +21,48 @@ def _measure(
     M: tl.constexpr, D: tl.constexpr, SIGNED_ZERO: tl.constexpr, LIVE: tl.constexpr,
     TOKENS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Norms, score and gate of one branch of some tokens, and r as ``value_scale``; ``scale`` is 1 / sqrt(D)."""
-    branch = tl.program_id(0) % M
-    token = (tl.program_id(0) // M).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    """Norms, scores and gates of some tokens, and r as ``value_scale``; ``scale`` is 1 / sqrt(D)."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     here = token < tokens
-    hh = tl.zeros([TOKENS], tl.float32)
-    kk = tl.zeros([TOKENS], tl.float32)
-    hk = tl.zeros([TOKENS], tl.float32)
     vv = tl.zeros([TOKENS], tl.float32)
     for first in range(0, D, CHUNK):
-        channel = first + tl.arange(0, CHUNK)
-        inside = here[:, None] & (channel < D)[None]
-        h = tl.load(streams + (token * M + branch)[:, None] * D + channel[None], mask=inside, other=0.0)
-        row = keys_value + (token * (M + 1))[:, None] * D + channel[None]
-        k = tl.load(row + branch * D, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(row + M * D, mask=inside, other=0.0).to(tl.float32)
-        w = tl.load(weight + branch * D + channel, mask=channel < D, other=0.0)
-        h = h.to(tl.float32)
-        hh += tl.sum(h * h, axis=1)
-        kk += tl.sum(k * k, axis=1)
-        hk += tl.sum(h * k * w[None], axis=1)
+        v = values(keys_value + M * D, token, here, first + tl.arange(0, CHUNK), M, D)
         vv += tl.sum(v * v, axis=1)
-    rq = tl.rsqrt(hh / D + gate_eps)
-    rk = tl.rsqrt(kk / D + gate_eps)
-    s = hk * rq * rk * scale
-    root = tl.sqrt(tl.maximum(tl.abs(s), SMALLEST_SCORE))
-    if not SIGNED_ZERO:
-        root = tl.where(s == 0, 0.0, root)
-    gate = tl.sigmoid(tl.where(s < 0, -root, root))
-    if LIVE:
-        gate = tl.where(tl.load(live + token, mask=here, other=0) != 0, gate, 0.0)
-    rv = tl.rsqrt(gate * gate * vv / D + conv_eps)
-    place = token * M + branch
-    tl.store(alpha + place, gate, mask=here)
-    tl.store(value_scale + place, gate * rv, mask=here)
-    tl.store(query_rms + place, rq, mask=here)
-    tl.store(key_rms + place, rk, mask=here)
-    tl.store(score + place, s, mask=here)
-    tl.store(value_rms + place, rv, mask=here)
+    for branch in range(M):
+        hh = tl.zeros([TOKENS], tl.float32)
+        kk = tl.zeros([TOKENS], tl.float32)
+        hk = tl.zeros([TOKENS], tl.float32)
+        place = token * M + branch
+        for first in range(0, D, CHUNK):
+            channel = first + tl.arange(0, CHUNK)
+            inside = here[:, None] & (channel < D)[None]
+            h = tl.load(streams + place[:, None] * D + channel[None], mask=inside, other=0.0).to(tl.float32)
+            k = values(keys_value + branch * D, token, here, channel, M, D)
+            w = tl.load(weight + branch * D + channel, mask=channel < D, other=0.0)
+            hh += tl.sum(h * h, axis=1)
+            kk += tl.sum(k * k, axis=1)
+            hk += tl.sum(h * k * w[None], axis=1)
+        rq = tl.rsqrt(hh / D + gate_eps)
+        rk = tl.rsqrt(kk / D + gate_eps)
+        s = hk * rq * rk * scale
+        root = tl.sqrt(tl.maximum(tl.abs(s), SMALLEST_SCORE))
+        if not SIGNED_ZERO:
+            root = tl.where(s == 0, 0.0, root)
+        gate = tl.sigmoid(tl.where(s < 0, -root, root))
+        if LIVE:
+            gate = tl.where(tl.load(live + token, mask=here, other=0) != 0, gate, 0.0)
+        rv = tl.rsqrt(gate * gate * vv / D + conv_eps)
+        tl.store(alpha + place, gate, mask=here)
+        tl.store(value_scale + place, gate * rv, mask=here)
+        tl.store(query_rms + place, rq, mask=here)
+        tl.store(key_rms + place, rk, mask=here)
+        tl.store(score + place, s, mask=here)
+        tl.store(value_rms + place, rv, mask=here)
 
 
 @triton.jit
 def values(value, token, here, channel, M: tl.constexpr, D: tl.constexpr):
-    """Values v ``[tokens, channels]`` in fp32, zero where not ``here``."""
+    """Values (or keys) ``[tokens, channels]`` in fp32, zero where not ``here``."""
     inside = here[:, None] & (channel < D)[None]
     return tl.load(value + (token * (M + 1))[:, None] * D + channel[None], mask=inside, other=0.0).to(tl.float32)
 
@@ -85,33 +84,48 @@ def seen_values(
 
 
 @triton.jit
-def convolve(seen, kernel, branch, channel, M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr):
-    """z of some tokens and channels of one branch; ``kernel`` ``[TAPS, M, D]`` is taps times the norm's weight."""
-    z = tl.zeros_like(seen[0])
+def tap_weights(kernel, branch, channel, M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr):
+    """What each tap multiplies some channels of a branch by, from ``kernel`` ``[TAPS, M, D]``, taps times the weight of
+    the norm: a tuple of ``[1, channels]``."""
+    weights = ()
     for tap in tl.static_range(TAPS):
         w = tl.load(kernel + (tap * M + branch) * D + channel, mask=channel < D, other=0.0)
-        z += seen[tap] * w[None]
+        weights = weights + (w[None],)
+    return weights
+
+
+@triton.jit
+def convolve(seen, weights, TAPS: tl.constexpr):
+    """The sums z of some tokens and channels of one branch."""
+    z = tl.zeros_like(seen[0])
+    for tap in tl.static_range(TAPS):
+        z += seen[tap] * weights[tap]
     return z
 
 
 @triton.jit
 def _add(
     streams, keys_value, alpha, value_scale, kernel, age, out, tokens, dilation,
-    M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr,
+    BLOCK: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Streams h + alpha * v + SiLU(z) of some tokens and channels of one branch."""
+    """Streams h + alpha * v + SiLU(z) of a block of tokens and a chunk of channels of one branch."""
     branch = tl.program_id(0) % M
     chunks = tl.cdiv(D, CHUNK)
     channel = tl.program_id(0) // M % chunks * CHUNK + tl.arange(0, CHUNK)
-    token = (tl.program_id(0) // (M * chunks)).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    here = token < tokens
-    inside = here[:, None] & (channel < D)[None]
-    at = (token * M + branch)[:, None] * D + channel[None]
-    h = tl.load(streams + at, mask=inside, other=0.0).to(tl.float32)
-    a = tl.load(alpha + token * M + branch, mask=here, other=0.0)
-    total = h + a[:, None] * values(keys_value + M * D, token, here, channel, M, D)
-    if TAPS > 0:
-        seen = seen_values(keys_value + M * D, value_scale, age, token, here, branch, channel, dilation, M, D, TAPS)
-        z = convolve(seen, kernel, branch, channel, M, D, TAPS)
-        total += z * tl.sigmoid(z)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+    block = (tl.program_id(0) // (M * chunks)).to(tl.int64)
+    value = keys_value + M * D
+    weights = tap_weights(kernel, branch, channel, M, D, TAPS)
+    for first in range(0, BLOCK, TOKENS):
+        token = block * BLOCK + first + tl.arange(0, TOKENS)
+        here = token < tokens
+        inside = here[:, None] & (channel < D)[None]
+        at = (token * M + branch)[:, None] * D + channel[None]
+        h = tl.load(streams + at, mask=inside, other=0.0).to(tl.float32)
+        a = tl.load(alpha + token * M + branch, mask=here, other=0.0)
+        total = h + a[:, None] * values(value, token, here, channel, M, D)
+        if TAPS > 0:
+            seen = seen_values(value, value_scale, age, token, here, branch, channel, dilation, M, D, TAPS)
+            z = convolve(seen, weights, TAPS)
+            total += z * tl.sigmoid(z)
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)

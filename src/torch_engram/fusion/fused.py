@@ -26,8 +26,8 @@ _ROWS, _ROW_CHUNK = 8, 512
 """Tokens and channels that a program summing rows holds."""
 _TOKENS, _CHUNK = 16, 64
 """Tokens and channels of a tile: an access is 128 bytes wide in bf16."""
-_BLOCK = 64
-"""Tokens of one part of a sum over tokens."""
+_BLOCK = 128
+"""Tokens that a program goes through, and so of one part of a sum over tokens."""
 _GATES = 128
 
 
@@ -71,14 +71,14 @@ def _fuse(
     out = torch.empty_like(streams)
     statistics = [torch.empty(streams.shape[:3], device=streams.device, dtype=torch.float32) for _ in range(6)]
     if tokens:
-        _measure[(triton.cdiv(tokens, _ROWS) * branches,)](
+        _measure[(triton.cdiv(tokens, _ROWS),)](
             streams, keys_value, weight, live, *statistics, tokens, gate_eps, conv_eps, hidden**-0.5,
             M=branches, D=hidden, SIGNED_ZERO=copies_sign, LIVE=live is not None, TOKENS=_ROWS,
             CHUNK=_chunk(hidden, _ROW_CHUNK),
         )  # fmt: skip
-        _add[(triton.cdiv(tokens, _TOKENS) * _chunks(hidden) * branches,)](
+        _add[(triton.cdiv(tokens, _BLOCK) * _chunks(hidden) * branches,)](
             streams, keys_value, *statistics[:2], taps * conv_weight, age, out, tokens, dilation,
-            M=branches, D=hidden, TAPS=len(taps), TOKENS=_TOKENS, CHUNK=_chunk(hidden),
+            M=branches, D=hidden, TAPS=len(taps), BLOCK=_BLOCK, TOKENS=_TOKENS, CHUNK=_chunk(hidden, _CHUNK),
         )  # fmt: skip
     alpha, value_scale, query_rms, key_rms, score, value_rms = statistics
     return out, alpha, value_scale, query_rms, key_rms, score, value_rms
@@ -109,7 +109,7 @@ def _fuse_backward(
     factors = [torch.empty(tokens, branches, **fp32) for _ in range(4)]
     if tokens:
         kernel = taps * conv_weight
-        tile: dict[str, Any] = {"M": branches, "D": hidden, "TOKENS": _TOKENS, "CHUNK": _chunk(hidden)}
+        tile: dict[str, Any] = {"M": branches, "D": hidden, "TOKENS": _TOKENS, "CHUNK": _chunk(hidden, _CHUNK)}
         tiles = (triton.cdiv(tokens, _TOKENS) * chunks,)
         if count:
             _convolution_slopes[(blocks * chunks * branches,)](
@@ -158,11 +158,11 @@ def _backward(ctx: Any, grad: Tensor, grad_alpha: Tensor, *unused: Tensor) -> tu
 _fuse.register_autograd(_backward, setup_context=_save)
 
 
-def _chunk(hidden: int, most: int = _CHUNK) -> int:
+def _chunk(hidden: int, most: int) -> int:
     chunk: int = min(most, triton.next_power_of_2(hidden))
     return chunk
 
 
 def _chunks(hidden: int) -> int:
-    chunks: int = triton.cdiv(hidden, _chunk(hidden))
+    chunks: int = triton.cdiv(hidden, _chunk(hidden, _CHUNK))
     return chunks

@@ -17,6 +17,9 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch_engram.models.config import DecoderConfig
 from torch_engram.models.layout import Layout
 
+_SMALL_TILES = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3}
+"""For FlexAttention's forward with narrow heads: its own choice takes sixteen times as long on an H100 (dev/LOG.md)."""
+
 
 class KVCache:
     """Keys and values ``[B, kv_heads, S, head_dim]`` of one layer; a :class:`torch_engram.window.DecodeState`.
@@ -110,7 +113,8 @@ class Attention(nn.Module):
             # FlexAttention is fast only when compiled; in a block that is being compiled it already is.
             compiling = torch.compiler.is_compiling()
             flex: Any = flex_attention if compiling else _compiled_flex_attention()
-            attended = flex(query, key, value, block_mask=layout.block_mask, enable_gqa=grouped)
+            options = _SMALL_TILES if self.head_dim <= 64 else None
+            attended = flex(query, key, value, block_mask=layout.block_mask, enable_gqa=grouped, kernel_options=options)
             assert isinstance(attended, Tensor)
             return attended
         ordered = layout.mask is None and query.shape[2] > 1  # a lone token sees all keys there are

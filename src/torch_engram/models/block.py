@@ -17,6 +17,7 @@ from torch_engram.models.feedforward import SwiGLU
 from torch_engram.models.hyper import residual
 from torch_engram.models.layout import Layout
 from torch_engram.models.moe import MoE
+from torch_engram.models.norm import RMSNorm
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class Block(nn.Module):
         moe = config.moe_at(layer)
         self.engrams = nn.ModuleDict({name: Engram(engram) for name, engram in config.engrams_at(layer).items()})
         self.attention_residual = residual(config.branches, config.hidden, 2 * layer, *mixing)
-        self.attention_norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.hidden, eps=config.norm_eps)
         self.attention = Attention(config)
         self.ffn_residual = residual(config.branches, config.hidden, 2 * layer + 1, *mixing)
-        self.ffn_norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
+        self.ffn_norm = RMSNorm(config.hidden, eps=config.norm_eps)
         self.ffn = (
             MoE(moe, config.hidden, config.layers)
             if moe is not None

@@ -18,6 +18,7 @@ from torch_engram.models.block import Block, BlockState
 from torch_engram.models.config import DecoderConfig
 from torch_engram.models.layout import SequenceState, find_places, lay_out
 from torch_engram.models.moe import MoE
+from torch_engram.models.norm import RMSNorm
 from torch_engram.window import DecodeState
 
 MASKED_LOGIT = -1e30
@@ -83,7 +84,7 @@ class Decoder(nn.Module):
         self.config, self.recompute = config, recompute
         self.embedding = nn.Embedding(config.vocab_size, config.hidden)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
+        self.norm = RMSNorm(config.hidden, eps=config.norm_eps)
         self.head = nn.Linear(config.hidden, config.vocab_size, bias=False)
         pad_bias = None
         if config.real_vocab is not None:
@@ -105,9 +106,11 @@ class Decoder(nn.Module):
         live: Tensor | None = None,
         state: DecoderState | None = None,
         return_gates: bool = False,
+        return_hidden: bool = False,
     ) -> Tensor | tuple[Tensor, dict[tuple[str, int], Tensor]]:
         """Logits ``[B, T, V]``; with ``return_gates`` also the gates, fp32 ``[B, T, M]``, by (name, layer).
 
+        With ``return_hidden`` not the logits but what the head makes them of: the normed hidden states ``[B, T, d]``.
         ``tokens`` is int64 ``[B, T]``. ``doc_start`` (bool ``[B, T]``) is True at a document's first position:
         nothing looks past it. Where ``live`` (bool ``[B, T]``) is False, as in left padding, a token is never
         looked at. ``state`` carries on from earlier calls and is advanced; no gradient flows through it.
@@ -119,7 +122,10 @@ class Decoder(nn.Module):
         assert self.config.head_dim is not None
         dtype = self.embedding.weight.dtype
         layout = lay_out(placement, tokens.shape[1], self.config.head_dim, self.config.rope_theta, dtype)
-        streams = self.embedding(tokens)[:, :, None].expand(-1, -1, self.config.branches, -1)
+        embedded = self.embedding(tokens)
+        if torch.is_autocast_enabled(tokens.device.type):  # the residual stream has its type, too
+            embedded = embedded.to(torch.get_autocast_dtype(tokens.device.type))
+        streams = embedded[:, :, None].expand(-1, -1, self.config.branches, -1)
         gates: dict[tuple[str, int], Tensor] = {}
         for layer, block in enumerate(self.blocks):
             embeddings = self._wait(memory, layer)
@@ -128,8 +134,9 @@ class Decoder(nn.Module):
             gates.update({(name, layer): gate for name, gate in block_gates.items()})
         hidden = streams.squeeze(2) if self.config.branches == 1 else streams.mean(2)
         bias = None if self.pad_bias is None else self.pad_bias.to(hidden.dtype)
-        logits = F.linear(self.norm(hidden), self.head.weight, bias)
-        return (logits, gates) if return_gates else logits
+        normed = self.norm(hidden)
+        result = normed if return_hidden else F.linear(normed, self.head.weight, bias)
+        return (result, gates) if return_gates else result
 
     def _run(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         if self.recompute and torch.is_grad_enabled():
