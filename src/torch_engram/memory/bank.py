@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from torch_engram.addressing import Addressing, CanonicalVocab, LayerLayout
+from torch_engram.addressing import Addressing, CanonicalVocab, LayerLayout, Lookup
 from torch_engram.config import EngramConfig, nearest
+from torch_engram.memory.prepared import PreparedLayer
 from torch_engram.memory.rows import Table, TouchedRows
 from torch_engram.memory.source import Source
 from torch_engram.memory.tokens import Tokens
@@ -64,6 +65,8 @@ class MemoryBank:
         """Where the rows were last saved to or loaded from: folder, digest of its contents, since when stores count."""
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-prefetch")
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.aside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        """A GPU's stream for what is done in a step beside the network: newer writes laid over, gradients merged."""
 
     def parameters(self) -> list[nn.Parameter]:
         """One proxy a table: between ``reduce()`` and ``apply()`` it is the step's rows ``[U, dim]`` and their
@@ -98,7 +101,10 @@ class MemoryBank:
     def prefetch(self, *micro_batches: Tokens | Tensor) -> WorkingSet:
         """Begin to fetch the rows of one optimiser step's micro-batches; returns at once.
 
-        May be called any number of steps ahead. An id outside the vocabulary raises where the memory is waited for.
+        May be called any number of steps ahead: rows that change in between are done again at the first wait, and
+        nothing else is. Each step ahead holds its rows with their planes, and the embeddings ``[B, T, E]`` of every
+        layer and micro-batch, until it is applied or discarded. An id outside the vocabulary raises where the memory is
+        waited for.
         """
         if not micro_batches:
             raise ValueError("prefetch() got no tokens: pass one micro-batch or more.")
@@ -113,34 +119,47 @@ class MemoryBank:
         for table, source in zip(self.tables, self._sources, strict=True):
             rows[table.layer].append(TouchedRows(table, source))
         before = None if self._stream is None else torch.cuda.current_stream(self.device).record_event()
-        windows = self._worker.submit(self._windows, batches, before)
+        lookups = self._worker.submit(self._lookups, batches, before)
         if any(batch.history is not None for batch in batches):
-            wait([windows])  # a history is told of its tokens before the caller goes on and, say, crops it
+            wait([lookups])  # a history is told of its tokens before the caller goes on and, say, crops it
         fetches = {
-            layer: self._worker.submit(self._fetch, layer, tables, windows, batches) for layer, tables in rows.items()
+            layer: self._worker.submit(self._prepare, layer, tables, lookups, batches) for layer, tables in rows.items()
         }
         return WorkingSet(self, rows, fetches, len(batches), trains)
 
-    def _windows(self, batches: Sequence[Tokens], before: torch.cuda.Event | None) -> list[Tensor]:
+    def _lookups(self, batches: Sequence[Tokens], before: torch.cuda.Event | None) -> list[Lookup]:
         """Runs on the prefetch thread, as does :meth:`_fetch`."""
         with self._side_stream():
             if self._stream is not None and before is not None:
                 self._stream.wait_event(before)
+            grouped = any(source.store.grouped for source in self._sources)
             return [
-                self.addressing.windows(
-                    batch.ids.to(self.device), history=batch.history, doc_start=batch.doc_start, live=batch.live
+                self.addressing.lookup(
+                    batch.ids.to(self.device),
+                    history=batch.history,
+                    doc_start=batch.doc_start,
+                    live=batch.live,
+                    with_mixes=grouped,
                 )
                 for batch in batches
             ]
 
     def _fetch(
-        self, layer: int, tables: Sequence[TouchedRows], windows: Future[list[Tensor]], batches: Sequence[Tokens]
+        self, layer: int, tables: Sequence[TouchedRows], lookups: Future[list[Lookup]], batches: Sequence[Tokens]
     ) -> None:
         with self._side_stream():
-            lookups = [self.addressing.rows(window, layer) for window in windows.result()]
+            found = [lookup(layer) for lookup in lookups.result()]
             live = [None if batch.live is None else batch.live.to(self.device) for batch in batches]
             for rows in tables:
-                rows.fetch(lookups, live)
+                rows.fetch(found, live)
+
+    def _prepare(
+        self, layer: int, tables: Sequence[TouchedRows], lookups: Future[list[Lookup]], batches: Sequence[Tokens]
+    ) -> PreparedLayer:
+        """All that can be done before the step, on the prefetch thread; what a later write changes is done again."""
+        self._fetch(layer, tables, lookups, batches)
+        with self._side_stream():
+            return PreparedLayer(tables, self.dtype, self.aside)
 
     def _side_stream(self) -> torch.cuda.StreamContext | nullcontext[None]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

@@ -30,7 +30,7 @@ class FixedMemory(Memory):
     """The embeddings ``[B, T, E]`` of every layer of ``bank``, always the same tensors.
 
     ``wait(layer)`` makes the bank's current stream wait for that layer's rows, and is recorded by a capture: a replay
-    computes its first layers while those of later ones are copied and expanded. On a CPU there is nothing to wait for.
+    computes its first layers while those of later ones are patched and copied. On a CPU there is nothing to wait for.
     """
 
     def __init__(self, bank: MemoryBank, batch_size: int, seq_len: int):
@@ -60,8 +60,8 @@ class FixedMemory(Memory):
         return {self._bank.name: self._embeddings[layer]}
 
     def load(self, step: WorkingSet, micro: int = 0) -> None:
-        """Fill the embeddings with micro-batch ``micro`` of ``step``. On a GPU it returns when the rows have been read
-        from where they live, before they are copied and expanded.
+        """Fill the embeddings with micro-batch ``micro`` of ``step``. On a GPU it returns when the prefetch has been
+        enqueued, before the embeddings are patched and copied.
 
         Raises ``ValueError`` when the step is another bank's, its tokens are not ``[B, T]``, or the gradients of the
         one before were not merged.
@@ -71,7 +71,9 @@ class FixedMemory(Memory):
         if self._loaded is not None and not self._loaded[0].done and self._bank.optimizer is not None:
             raise ValueError("The gradients of the step before are not merged yet: call merge() after each replay.")
         if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._bank.device))  # the last replay still reads
+            assert self._bank.aside is not None
+            self._stream.wait_stream(torch.cuda.current_stream(self._bank.device))  # the last replay still reads,
+            self._stream.wait_stream(self._bank.aside)  # and so does the merge of its gradients
         for layer, leaf in self._embeddings.items():
             with torch.cuda.stream(self._stream), torch.no_grad():
                 step.expand(layer, micro, out=leaf)
@@ -79,8 +81,6 @@ class FixedMemory(Memory):
                     leaf.grad.zero_()
             if layer in self._arrived:
                 self._arrived[layer].record(self._stream)
-        if self._stream is not None:
-            step.used_on(self._stream)
         self._loaded = step, micro
 
     def merge(self) -> None:
@@ -91,10 +91,8 @@ class FixedMemory(Memory):
         if self._loaded is None or self._bank.optimizer is None:
             raise ValueError("There are no gradients to merge: load() a step of a bank with an optimizer first.")
         (step, micro), self._loaded = self._loaded, None
-        if self._stream is not None:
-            current = torch.cuda.current_stream(self._bank.device)
-            current.wait_stream(self._stream)
-            step.used_on(current)
+        if self._stream is not None:  # gradients that the graph leaves alone were zeroed there
+            torch.cuda.current_stream(self._bank.device).wait_stream(self._stream)
         for layer, leaf in self._embeddings.items():
             assert leaf.grad is not None
             step.merge(layer, micro, leaf.grad)

@@ -1,4 +1,7 @@
-"""The rows of one table that one step touches: fetched once, expanded for every micro-batch, merged, written back."""
+"""The rows of one table that one step touches: fetched once, expanded for every micro-batch, merged, written back.
+
+Fetch and expansion run ahead of the step. In the step itself only rows that were written since are done again.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor
 
 from torch_engram.memory.segments import Segments, expand, merge, unique_rows
 from torch_engram.memory.source import Source
-from torch_engram.stores import make_keys
+from torch_engram.stores import DecodedRows, make_keys
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,14 @@ class Table:
 
 
 class TouchedRows:
-    """U rows of one table for one step: records, then planes, then gradients. All tensors on one device."""
+    """U rows of one table for one step: decoded planes, then gradients. All tensors on one device."""
 
     def __init__(self, table: Table, source: Source):
         self.table, self.source = table, source
-        self.epoch = source.begin_read()  # the fetch sees at least this one; after `decode`, the planes hold exactly it
-        self.planes: dict[str, Tensor] | None = None
+        self.epoch = source.begin_read()
+        """The fetch sees this write at least; after :meth:`catch_up`, the planes are as of exactly this one."""
+        self.planes: DecodedRows | None = None
         self.grad: Tensor | None = None
-        self._records: Tensor | None = None
-        self._ready: torch.cuda.Event | None = None
         self._released = False
 
     @property
@@ -48,14 +50,15 @@ class TouchedRows:
     # -- before the step, perhaps on another thread and stream --------------------------------------------------
 
     def fetch(self, lookups: Sequence[tuple[Tensor, Tensor]], live: Sequence[Tensor | None]) -> None:
-        """Find the distinct rows of every micro-batch's (mixes ``[B, T, N-1]``, rows ``[B, T, C]``) and read them.
+        """Find the distinct rows of every micro-batch's (mixes ``[B, T, N-1]``, rows ``[B, T, C]``), read and decode
+        them.
 
         ``live[i]``: bool ``[B, T]``; positions that are not live touch no row.
         """
-        self.live = [None if mask is None else mask.reshape(-1) for mask in live]
+        self.kept = [None if mask is None else mask.reshape(-1).nonzero().squeeze(1) for mask in live]
         self.shapes = [rows.shape[:2] for _, rows in lookups]
         reads = self._reads([rows[..., self.table.columns] for _, rows in lookups])
-        ids, first_read, all_reads = unique_rows(torch.cat(reads) - self.table.first_row)
+        ids, first_read, all_reads = unique_rows(torch.cat(reads) - self.table.first_row, self.table.rows)
         self.keys = make_keys(self.table.space, ids)
         if len(reads) == 1:
             self.segments = [all_reads]
@@ -65,76 +68,89 @@ class TouchedRows:
         group = None
         if self.source.store.grouped:
             group = torch.cat(self._reads([mix[..., list(self.table.orders)] for mix, _ in lookups]))[first_read]
-        self._records = self.source.store.fetch(self.keys, group)
-        if self.keys.device.type == "cuda":
-            self._ready = torch.cuda.current_stream(self.keys.device).record_event()
+        self.planes = DecodedRows(self.source.format, self.keys, self.source.store.fetch(self.keys, group))
 
     def _reads(self, columns: Sequence[Tensor]) -> list[Tensor]:
         """``[B, T, c]`` of every micro-batch flattened to one entry a read, dead positions left out."""
         flat = [part.reshape(-1, part.shape[-1]) for part in columns]
-        kept = [part if live is None else part[live] for part, live in zip(flat, self.live, strict=True)]
-        return [part.reshape(-1) for part in kept]
+        live = [part if kept is None else part[kept] for part, kept in zip(flat, self.kept, strict=True)]
+        return [part.reshape(-1) for part in live]
+
+    def expand(self, micro: int, out: Tensor) -> None:
+        """Write the rows of micro-batch ``micro`` to their positions in ``out`` ``[B, T, c·dim]``, and zero to dead
+        positions."""
+        assert self.planes is not None, "fetch comes before expand"
+        inverse, kept, dim = self.segments[micro].inverse, self.kept[micro], self.table.dim
+        if kept is None and out.is_contiguous():
+            expand(self.planes["value"], inverse, out.view(-1, dim))
+            return
+        rows = expand(self.planes["value"], inverse, out.new_empty(len(inverse), dim)).view(-1, self.width)
+        positions = out.view(-1, self.width)
+        if kept is None:
+            positions.copy_(rows)
+        else:
+            positions.zero_().index_copy_(0, kept, rows)
 
     # -- in the step --------------------------------------------------------------------------------------------
 
-    def decode(self) -> None:
-        """Lay missed writes over the records and decode the planes: the rows are then those of the newest epoch."""
-        assert self._records is not None, "fetch comes before decode"
-        if self._ready is not None:
-            stream = torch.cuda.current_stream(self.keys.device)
-            stream.wait_event(self._ready)
-            self.used_on(stream)
-        self.planes = self.source.decode(self.keys, self._records, self.epoch)
+    @property
+    def is_stale(self) -> bool:
+        """Whether there were writes that the fetch may have missed."""
+        return self.source.newer_than(self.epoch, self.table.space)
+
+    def catch_up(self, expanded: Sequence[Tensor]) -> None:
+        """Lay missed writes over the rows, which are then those of the newest epoch, and over what :meth:`expand` gave
+        for each micro-batch, where it reads a row that changed."""
+        assert self.planes is not None, "fetch comes before catch_up"
+        if self.is_stale:
+            changed = self.source.lay_over(self.planes, self.epoch, self.table.space)
+            for micro, out in enumerate(expanded):
+                self._expand_changed(micro, changed, out)
         self.release()
         self.epoch = self.source.newest
 
+    def _expand_changed(self, micro: int, changed: Tensor, out: Tensor) -> None:
+        assert self.planes is not None
+        if out.is_cuda:
+            from torch_engram.memory.patch_kernels import expand_changed_triton
+
+            inverse, kept = self.segments[micro].inverse, self.kept[micro]
+            expand_changed_triton(self.planes["value"], inverse, kept, changed, out.view(-1, self.width))
+        elif changed.any():  # a CPU takes longer to find the places than to fill them all
+            self.expand(micro, out)
+
     def release(self) -> None:
-        """Give up the fetched records: no later write needs to be kept for them."""
+        """Fetched rows are up to date or given up: no later write needs to be kept for them."""
         if not self._released:
-            self._released, self._records = True, None
+            self._released = True
             self.source.end_read(self.epoch)
 
     def used_on(self, stream: torch.cuda.Stream) -> None:
         """Keep the memory of all that is here from being used again before ``stream`` is done with it."""
-        tensors = [self.keys, self._records, *self.live, *(self.planes or {}).values()]
+        assert self.planes is not None, "fetch comes before used_on"
+        self.planes.used_on(stream)
+        tensors = list(self.kept)
         for segments in self.segments:
             tensors += [segments.inverse, segments.order, segments.starts]
         for tensor in tensors:
             if tensor is not None:
                 tensor.record_stream(stream)
 
-    def expand(self, micro: int, out: Tensor) -> None:
-        """Write the rows of micro-batch ``micro`` to their positions in ``out`` ``[B, T, c·dim]``, and zero to dead
-        positions."""
-        assert self.planes is not None, "decode comes before expand"
-        inverse, live, dim = self.segments[micro].inverse, self.live[micro], self.table.dim
-        if live is None and out.is_contiguous():
-            expand(self.planes["value"], inverse, out.view(-1, dim))
-            return
-        rows = expand(self.planes["value"], inverse, out.new_empty(len(inverse), dim)).view(-1, self.width)
-        positions = out.view(-1, self.width)
-        if live is None:
-            positions.copy_(rows)
-        else:
-            positions.zero_().index_put_((live,), rows)
-
     def merge(self, micro: int, grad: Tensor) -> None:
         """Add the gradient ``[B, T, c·dim]`` of a micro-batch's embeddings to the rows' fp32 gradient."""
-        assert self.planes is not None, "decode comes before merge"
         flat = grad.reshape(-1, grad.shape[-1])
-        live = self.live[micro]
-        reads = (flat if live is None else flat[live]).reshape(-1, self.table.dim)
+        kept = self.kept[micro]
+        reads = (flat if kept is None else flat[kept]).reshape(-1, self.table.dim)
         merged = merge(reads, self.segments[micro])
         self.grad = merged if self.grad is None else self.grad.add_(merged)
 
     def total_grad(self) -> Tensor:
         """The gradient fp32 ``[U, dim]``, zero for rows that were read but got none."""
-        assert self.planes is not None, "decode comes before total_grad"
         if self.grad is None:
-            self.grad = torch.zeros_like(self.planes["value"])
+            self.grad = torch.zeros(len(self.keys), self.table.dim, device=self.keys.device)
         return self.grad
 
     def write(self) -> None:
-        """Send the planes as they stand back to the store."""
-        assert self.planes is not None, "decode comes before write"
-        self.source.write(self.keys, self.planes)
+        """Send the rows as they stand back to the store."""
+        assert self.planes is not None, "fetch comes before write"
+        self.source.write(self.planes, self.table.space)

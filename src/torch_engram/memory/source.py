@@ -1,30 +1,40 @@
 """A store as a bank uses it: with the format of its records, and with the writes that a fetch may have missed.
 
 A fetch sees all writes that the store had acknowledged when it began. Every later one is kept here until no fetch that
-is still in use began before it, and is laid over the fetched records when they are first needed. So a row that was
+is still in use began before it, and is laid over the fetched rows when they are first needed. So a row that was
 prefetched any number of steps ahead is exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from torch_engram.stores import RowFormat, Store, WritableStore
+from torch_engram.stores import DecodedRows, RowFormat, Store, WritableStore
 
 
 @dataclass(frozen=True)
 class _Write:
     epoch: int
+    space: int
     keys: Tensor  # int64 [U], ascending
-    records: Tensor  # uint8 [U, nbytes]
+    records: Tensor  # uint8 [U, nbytes], on a GPU the rows' own: nobody changes them after the write
+    done: torch.cuda.Event | None
+
+    def use(self) -> None:
+        """Let the current stream wait for the records, and keep their memory until it is done with them."""
+        if self.done is not None:
+            stream = torch.cuda.current_stream(self.keys.device)
+            stream.wait_event(self.done)
+            self.keys.record_stream(stream)
+            self.records.record_stream(stream)
 
 
 class Source:
-    """One store and its recent writes. All methods but ``store.fetch`` run on the thread that trains."""
+    """One store and its recent writes. Its methods run on the thread that trains."""
 
     def __init__(self, store: Store, row_format: RowFormat):
         self.store, self.format = store, row_format
@@ -40,36 +50,40 @@ class Source:
         return epoch
 
     def end_read(self, epoch: int) -> None:
-        """That fetch has been decoded, or given up."""
+        """That fetch has been brought up to date, or given up."""
         self._readers[epoch] -= 1
         if not self._readers[epoch]:
             del self._readers[epoch]
 
     @property
     def in_use(self) -> bool:
-        """Whether rows were fetched that have not been decoded yet."""
+        """Whether rows were fetched that have not been brought up to date yet."""
         return bool(self._readers)
 
-    def decode(self, keys: Tensor, records: Tensor, epoch: int) -> dict[str, Tensor]:
-        """The planes of records that were fetched at ``epoch``, as of the newest write. ``keys`` ascend."""
-        return self.format.decode(keys, self.patch(keys, records, epoch))
+    def newer_than(self, epoch: int, space: int) -> bool:
+        """Whether there were writes to rows of ``space`` that a fetch at ``epoch`` may have missed."""
+        return any(True for _ in self._newer(epoch, space))
 
-    def patch(self, keys: Tensor, records: Tensor, epoch: int) -> Tensor:
-        """Records ``[U, nbytes]`` of ascending keys with every write after ``epoch`` laid over them."""
-        for write in self._writes:
-            if write.epoch > epoch:
-                at = torch.searchsorted(write.keys, keys).clamp_(max=len(write.keys) - 1)
-                hit = write.keys[at] == keys
-                records = torch.where(hit[:, None], write.records[at], records)
-        return records
+    def _newer(self, epoch: int, space: int) -> Iterator[_Write]:
+        return (write for write in self._writes if write.epoch > epoch and write.space == space)
 
-    def write(self, keys: Tensor, planes: Mapping[str, Tensor]) -> None:
-        """Encode planes of ascending keys and write them; forget writes that every fetch in use or to come sees."""
-        if not len(keys):
+    def lay_over(self, rows: DecodedRows, epoch: int, space: int) -> Tensor:
+        """Bring rows of ``space`` that were fetched at ``epoch`` up to the newest write; returns which of them were
+        written, bool ``[U]``."""
+        written = torch.zeros(len(rows.row_keys), dtype=torch.bool, device=rows.row_keys.device)
+        for write in self._newer(epoch, space):
+            write.use()
+            rows.lay_over(write.keys, write.records, written)
+        return written
+
+    def write(self, rows: DecodedRows, space: int) -> None:
+        """Encode and write rows of ``space``; forget writes that every fetch in use or to come sees."""
+        if not len(rows.row_keys):
             return
         assert isinstance(self.store, WritableStore)
-        records = self.format.encode(keys, planes)
-        self.newest = self.store.write(keys, records)
-        self._writes.append(_Write(self.newest, keys, records))
+        records = rows.encode()
+        self.newest = self.store.write(rows.row_keys, records)
+        done = torch.cuda.current_stream(records.device).record_event() if records.is_cuda else None
+        self._writes.append(_Write(self.newest, space, rows.row_keys, records, done))
         seen = min([self.store.acknowledged, *self._readers])
         self._writes = [write for write in self._writes if write.epoch > seen]

@@ -1,7 +1,7 @@
 """A working set: the rows that one optimiser step touches, from fetch to write-back.
 
-- ``step = bank.prefetch(tokens)`` returns at once;
-- ``model(tokens, step[0])`` waits for each layer's rows where the layer reads them;
+- ``step = bank.prefetch(tokens)`` returns at once; rows are fetched and expanded beside it;
+- ``model(tokens, step[0])`` waits for each layer's embeddings where the layer reads them;
 - ``loss.backward()`` fills the rows' gradients;
 - ``step.reduce()`` binds them to ``bank.parameters()``, where clipping finds them;
 - ``step.apply()`` takes one step of the row optimiser and writes the rows back to the store.
@@ -10,13 +10,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from torch_engram.memory.prepared import PreparedLayer
 from torch_engram.memory.rows import TouchedRows
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class WorkingSet:
         self,
         bank: MemoryBank,
         rows: Mapping[int, list[TouchedRows]],
-        fetches: Mapping[int, Future[None]],
+        fetches: Mapping[int, Future[PreparedLayer]],
         micro_batches: int,
         trains: bool,
     ):
@@ -85,50 +86,48 @@ class WorkingSet:
 
     # -- reading --------------------------------------------------------------------------------------------------
 
-    def _ready(self, layer: int) -> list[TouchedRows]:
-        """The layer's rows, fetched, patched and decoded."""
-        self._fetches[layer].result()
-        for rows in self._rows[layer]:
-            if rows.planes is None:
-                rows.decode()
-        return self._rows[layer]
+    def _layer(self, layer: int) -> PreparedLayer:
+        """The layer, fetched, expanded and up to date."""
+        prepared = self._fetches[layer].result()
+        prepared.ready()
+        return prepared
+
+    def _ready(self, layer: int) -> Sequence[TouchedRows]:
+        return self._layer(layer).rows
 
     def _all_rows(self) -> list[TouchedRows]:
         return [rows for layer in self._rows for rows in self._ready(layer)]
+
+    def _embeddings(self, layer: int, micro: int) -> Tensor:
+        if self.done:
+            raise ValueError("This working set was applied or discarded: prefetch the tokens again.")
+        return self._layer(layer).embeddings[micro]
 
     def _wait(self, layer: int, micro: int) -> dict[str, Tensor]:
         if layer not in self._rows:
             return {}
         if (layer, micro) not in self._leaves:
-            leaf = self.expand(layer, micro)
+            leaf = self._embeddings(layer, micro)
             self._leaves[layer, micro] = self._listen(leaf, layer, micro) if self._trains else leaf
         return {self._bank.name: self._leaves[layer, micro]}
 
-    def expand(self, layer: int, micro: int, out: Tensor | None = None) -> Tensor:
-        """The rows of one layer at the positions of micro-batch ``micro``: ``[B, T, E]``, in ``out`` where given.
+    @torch.no_grad()
+    def expand(self, layer: int, micro: int, out: Tensor) -> Tensor:
+        """The rows of one layer at the positions of micro-batch ``micro``, in ``out`` ``[B, T, E]``; returns ``out``.
 
         Raises ``ValueError`` when ``out`` has another shape.
         """
         self._require(micro)
-        if self.done:
-            raise ValueError("This working set was applied or discarded: prefetch the tokens again.")
-        rows = self._ready(layer)
-        shape = (*rows[0].shapes[micro], sum(touched.width for touched in rows))
-        if out is None:
-            out = torch.empty(shape, dtype=self._bank.dtype, device=self._bank.device)
-        if out.shape != shape:
-            raise ValueError(f"The embeddings of layer {layer} are {list(shape)}, not {list(out.shape)}.")
-        for touched, part in zip(rows, out.split([touched.width for touched in rows], dim=-1), strict=True):
-            touched.expand(micro, part)
-        return out
+        embeddings = self._embeddings(layer, micro)
+        if out.shape != embeddings.shape:
+            raise ValueError(f"The embeddings of layer {layer} are {list(embeddings.shape)}, not {list(out.shape)}.")
+        return out.copy_(embeddings)
 
     def merge(self, layer: int, micro: int, grad: Tensor) -> None:
         """Add a gradient of what :meth:`expand` gave, ``[B, T, E]``, to the rows' own. A leaf from :meth:`Memory.wait`
-        does so by itself."""
+        does so by itself. A GPU reads ``grad`` beside the current stream: leave it as it is until :meth:`reduce`."""
         self._expect("open", "a backward comes before reduce()")
-        rows = self._ready(layer)
-        for touched, part in zip(rows, grad.split([touched.width for touched in rows], dim=-1), strict=True):
-            touched.merge(micro, part)
+        self._layer(layer).merge(micro, grad)
 
     def _listen(self, leaf: Tensor, layer: int, micro: int) -> Tensor:
         """Merge the leaf's gradient in the backward, as soon as it is there, so that no two are held at once."""
@@ -144,11 +143,6 @@ class WorkingSet:
 
         leaf.requires_grad_().register_post_accumulate_grad_hook(merge)
         return leaf
-
-    def used_on(self, stream: torch.cuda.Stream) -> None:
-        """The rows are used on ``stream``, too, besides the one on which they were first waited for."""
-        for rows in self._all_rows():
-            rows.used_on(stream)
 
     def of(self, bank: MemoryBank) -> bool:
         """Whether ``bank`` made it."""
@@ -169,6 +163,8 @@ class WorkingSet:
         if not self._trains:
             raise ValueError("This memory was only read: use prefetch(), on a bank that has an optimizer.")
         self._expect("open", "reduce() was called already")
+        for layer in self._rows:
+            self._layer(layer).join()
         self._bank._bind(self._all_rows())
         self._state = "reduced"
 
@@ -210,6 +206,9 @@ class WorkingSet:
         for layer in self._rows.values():
             for rows in layer:
                 rows.release()
+        for fetch in self._fetches.values():
+            if fetch.done() and fetch.exception() is None:
+                fetch.result().release()
 
     def __del__(self) -> None:
         self._close()

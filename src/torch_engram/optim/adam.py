@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_engram.optim.row_optimizer import RowOptimizer
-from torch_engram.stores import Plane
+from torch_engram.stores import DecodedRows, Plane
 
 
 class RowAdam(RowOptimizer):
@@ -40,6 +40,13 @@ class RowAdam(RowOptimizer):
         moment.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         unbias1, unbias2 = (correction(beta, state["count"]) for beta in (beta1, beta2))
         rows.sub_(group["lr"] * (mean / unbias1) / ((moment / unbias2).sqrt_() + group["eps"]))
+
+    def update_records(self, rows: Tensor, grad: Tensor, state: DecodedRows, group: dict[str, Any]) -> bool:
+        """See :class:`RowOptimizer`."""
+        from torch_engram.optim.row_kernels import adam_triton
+
+        adam_triton(rows, grad, state, group)
+        return True
 
 
 def correction(beta: float, count: Tensor) -> Tensor:

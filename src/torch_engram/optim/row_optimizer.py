@@ -2,7 +2,10 @@
 
 A row optimiser is an ordinary ``torch.optim.Optimizer`` whose parameters are a bank's proxies. Before a step the
 bank binds each proxy to the step's rows (``p`` and ``p.grad``: fp32 ``[U, dim]``) and ``state[p]`` to their planes;
-after it the planes go back to the store. Schedulers, ``clip_grad_norm_`` and closures work as on any optimiser.
+after it the rows go back to the store. Schedulers, ``clip_grad_norm_`` and closures work as on any optimiser.
+
+Rows that are kept in their records (``DecodedRows.in_place``, on a GPU) are updated and encoded in one pass by the
+optimiser's kernel, where it has one.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_engram.stores import Plane
+from torch_engram.stores import DecodedRows, Plane
 
 
 class RowOptimizer(torch.optim.Optimizer, ABC):
@@ -29,9 +32,17 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         """Change ``rows`` fp32 ``[U, dim]`` and the planes in ``state`` in place. ``state["count"]``, int32
         ``[U, 1]``, already counts this update."""
 
+    def update_records(self, rows: Tensor, grad: Tensor, state: DecodedRows, group: dict[str, Any]) -> bool:
+        """Do what :meth:`update` does straight to ``state.records``, counting this update. Returns False, with nothing
+        done, where an optimiser has no kernel."""
+        return False
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update the rows that are bound to the proxies; proxies without a gradient are passed over."""
+        """Update the rows that are bound to the proxies; proxies without a gradient are passed over.
+
+        Raises ``ValueError`` for rows whose records an earlier step has made newer than the numbers in the proxies.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -39,10 +50,20 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         for group in self.param_groups:
             for proxy in group["params"]:
                 if proxy.grad is not None:
-                    state = self.state[proxy]
-                    state["count"] += 1
-                    self.update(proxy, proxy.grad, state, group)
+                    self._step_rows(proxy, proxy.grad, self.state[proxy], group)
         return loss
+
+    def _step_rows(self, rows: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        if isinstance(state, DecodedRows) and state.in_place:
+            if state.encoded:
+                raise ValueError(
+                    "These rows have taken their step: apply() takes it, so leave out a step() of your own."
+                )
+            state.encoded = self.update_records(rows, grad, state, group)
+            if state.encoded:
+                return
+        state["count"] += 1
+        self.update(rows, grad, state, group)
 
     def state_dict(self) -> dict[str, Any]:
         """The groups' settings alone: row state lives in the table and is saved with it."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_engram.optim.adam import correction
 from torch_engram.optim.row_optimizer import RowOptimizer
-from torch_engram.stores import Plane
+from torch_engram.stores import DecodedRows, Plane
 
 
 class RowwiseAdam(RowOptimizer):
@@ -31,3 +31,10 @@ class RowwiseAdam(RowOptimizer):
         moment.lerp_(grad.square().mean(dim=1, keepdim=True), 1 - group["beta2"])
         unbiased = moment / correction(group["beta2"], state["count"])
         rows.addcdiv_(grad, unbiased.sqrt_() + group["eps"], value=-group["lr"])
+
+    def update_records(self, rows: Tensor, grad: Tensor, state: DecodedRows, group: dict[str, Any]) -> bool:
+        """See :class:`RowOptimizer`."""
+        from torch_engram.optim.row_kernels import rowwise_adam_triton
+
+        rowwise_adam_triton(rows, grad, state, group)
+        return True

@@ -1,6 +1,7 @@
 """Row ids to encoded records: stores, codecs and tables on disk. Knows integers and bytes, no token."""
 
 from torch_engram.stores.codecs import CODECS, Codec, Component
+from torch_engram.stores.decoded import DecodedRows
 from torch_engram.stores.device import DeviceStore
 from torch_engram.stores.host import HostStore
 from torch_engram.stores.manifest import Manifest, planes_of
@@ -12,6 +13,7 @@ __all__ = [
     "CODECS",
     "Codec",
     "Component",
+    "DecodedRows",
     "DeviceStore",
     "HostStore",
     "Manifest",

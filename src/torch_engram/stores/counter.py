@@ -1,6 +1,7 @@
 """Random numbers that belong to a place: the same bits for the same row, wherever it lies and whoever asks.
 
-Everything is integer arithmetic up to one exact scaling, so a CPU, a GPU and any sharding agree to the last bit.
+Everything is integer arithmetic up to one exact scaling, so a CPU, a GPU and any sharding agree to the last bit. The
+Triton twins are in :mod:`torch_engram.stores.counter_kernels`.
 """
 
 from __future__ import annotations
@@ -19,16 +20,21 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-_GAMMA = _signed(0x9E3779B97F4A7C15)
-_MIX1 = _signed(0xBF58476D1CE4E5B9)
-_MIX2 = _signed(0x94D049BB133111EB)
+GAMMA = _signed(0x9E3779B97F4A7C15)
+MIX1 = _signed(0xBF58476D1CE4E5B9)
+MIX2 = _signed(0x94D049BB133111EB)
 
 
 def _scramble(x: Tensor) -> Tensor:
     """splitmix64's output function on int64 tensors (products wrap; shifts are made logical by a mask)."""
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX1
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX2
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * MIX1
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * MIX2
     return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def seed_term(seed: int) -> int:
+    """What a seed adds to the product of a key and :data:`GAMMA`, as an int64."""
+    return _signed(seed * 0xD1342543DE82EF95 + 1)
 
 
 def counter_bits(seed: int, keys: Tensor, draws: Tensor | int, width: int, plane: int = 0) -> Tensor:
@@ -36,10 +42,10 @@ def counter_bits(seed: int, keys: Tensor, draws: Tensor | int, width: int, plane
 
     ``keys``: int64 ``[U]``, space and row in one. ``draws``: int64 ``[U]`` or one number: how often a row has drawn.
     """
-    base = _scramble(keys * _GAMMA + _signed(seed * 0xD1342543DE82EF95 + 1))
-    base = _scramble(base + (_signed(draws * _MIX2) if isinstance(draws, int) else draws * _MIX2))
+    base = _scramble(keys * GAMMA + seed_term(seed))
+    base = _scramble(base + (_signed(draws * MIX2) if isinstance(draws, int) else draws * MIX2))
     first = (plane << 32) + 1
-    column = torch.arange(first, first + width, device=keys.device, dtype=torch.int64) * _GAMMA
+    column = torch.arange(first, first + width, device=keys.device, dtype=torch.int64) * GAMMA
     return _scramble(base[:, None] + column)
 
 
@@ -50,5 +56,9 @@ def initial_rows(seed: int, keys: Tensor, width: int, std: float) -> Tensor:
     """
     bits = counter_bits(seed, keys, -1, width)
     total = sum(((bits >> shift) & 0xFFFF for shift in (0, 16, 32, 48)), torch.zeros_like(bits))
-    deviation = math.sqrt(4 * (2.0**32 - 1) / 12)
-    return (2 * total - 4 * 0xFFFF).to(torch.float32) * (std / (2 * deviation))
+    return (2 * total - 4 * 0xFFFF).to(torch.float32) * initial_scale(std)
+
+
+def initial_scale(std: float) -> float:
+    """What twice the centred sum of four 16-bit uniforms is multiplied by to have deviation ``std``."""
+    return std / (2 * math.sqrt(4 * (2.0**32 - 1) / 12))

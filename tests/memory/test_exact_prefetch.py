@@ -1,0 +1,226 @@
+"""What is made ahead of a step is exact when the step reads it, and only what was written since is made again."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from torch_engram.memory import FixedMemory, MemoryBank, Tokens, WorkingSet
+from torch_engram.memory.rows import TouchedRows
+from torch_engram.optim import ROW_OPTIMIZERS, RowAdam
+from torch_engram.stores import decoded
+
+Make = Callable[..., MemoryBank]
+Records = Callable[[MemoryBank], list[Tensor]]
+BY_ORDER = dict(row_dim=(3, 5), heads=(2, 3))
+STEPS = 60
+
+
+def batches(steps: int = STEPS) -> list[list[Tokens]]:
+    """Few distinct tokens, so that most rows come back at once and some after several steps; dead positions."""
+    generator, found = torch.Generator().manual_seed(3), []
+    for number in range(steps):
+        shape = 2, 3 + number % 4
+        ids = [torch.randint(2, 4 + number % 9, shape, generator=generator) for _ in range(1 + number % 2)]
+        live = torch.rand(shape, generator=generator) < 0.7 if number % 3 else None
+        found.append([Tokens(part, live=live) for part in ids])
+    return found
+
+
+def trajectory(bank: MemoryBank, data: list[list[Tokens]], depth: int, reads: bool = False) -> list[Tensor]:
+    """The embeddings of every step, and those of reads between steps, of a training ``depth`` steps ahead."""
+    seen: list[Tensor] = []
+    ahead: deque[WorkingSet] = deque()
+    for number in range(len(data)):
+        while len(ahead) <= depth and number + len(ahead) < len(data):
+            ahead.append(bank.prefetch(*data[number + len(ahead)]))
+        step = ahead.popleft()
+        for micro in range(len(step)):
+            for layer in (1, 3):
+                embeddings = step[micro].wait(layer)["engram"]
+                seen.append(embeddings.detach().clone())
+                (embeddings - 0.3).square().sum().backward()
+        step.reduce()
+        step.apply()
+        if reads:
+            seen += [bank.read(data[number - 1][0]).wait(layer)["engram"].clone() for layer in (3, 1)]
+    return seen
+
+
+def same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+class Inline:
+    """Runs what is submitted at once: the interpreter of kernels takes one thread only."""
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+@pytest.fixture
+def make_kernel_bank(make_bank: Make, in_place: None, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Banks whose rows stay in their records and go through the kernels, on a CPU, too."""
+
+    def make(config: dict[str, Any] | None = None, **options: Any) -> MemoryBank:
+        bank = make_bank(config, **options)
+        if bank.device.type == "cpu":
+            monkeypatch.setattr(bank, "_worker", Inline())
+        return bank
+
+    return make
+
+
+@pytest.mark.parametrize("where", ["device", "host", "late-7"])
+@pytest.mark.parametrize("codec, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_embeddings_are_exact_at_any_depth(
+    make_bank: Make, every_record: Records, stores: dict[str, Any], where: str, codec: str, dtype: torch.dtype
+) -> None:
+    runs = []
+    for depth in range(4):
+        bank = make_bank(
+            BY_ORDER, optimizer=lambda p: RowAdam(p, lr=0.05), codec=codec, dtype=dtype, placement=stores[where]
+        )
+        runs.append(trajectory(bank, batches(), depth) + every_record(bank))
+    assert all(same(run, runs[0]) for run in runs[1:])
+
+
+@pytest.mark.parametrize("optimizer", ROW_OPTIMIZERS)
+@pytest.mark.parametrize("codec", ["fp32", "bf16"])
+def test_the_kernels_are_exact_at_any_depth_and_near_their_twins(
+    make_kernel_bank: Make, make_bank: Make, every_record: Records, device: torch.device, optimizer: str, codec: str
+) -> None:
+    if device.type == "cpu" and torch.cuda.is_available():
+        pytest.skip("compiled kernels take tensors of the GPU alone")
+    data, runs = batches(8 if device.type == "cpu" else STEPS), []
+    options: dict[str, Any] = dict(optimizer=lambda p: ROW_OPTIMIZERS[optimizer](p, lr=0.05), codec=codec)
+    for depth in (0, 1, 3):
+        bank = make_kernel_bank(BY_ORDER, device=device, **options)
+        runs.append(trajectory(bank, data, depth, reads=True) + every_record(bank))
+    assert all(same(run, runs[0]) for run in runs[1:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoded, "_on_gpu", lambda records: False)
+        twin = trajectory(make_bank(BY_ORDER, device=device, **options), data, 0, reads=True)
+    for mine, theirs in zip(runs[0][:8], twin[:8], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2**-7 if codec == "bf16" else 1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["device", "host"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_is_exact_at_any_depth_while_it_runs_behind(
+    make_bank: Make, every_record: Records, where: str, dtype: torch.dtype
+) -> None:
+    """Large steps, nothing read back by the host: patches, merges and memory used again have to wait by themselves."""
+    generator = torch.Generator().manual_seed(1)
+    data = [[Tokens(torch.randint(60, (16, 400), generator=generator).cuda())] for _ in range(40)]
+    runs = []
+    for depth in (0, 1, 2, 3):
+        bank = make_bank(
+            dict(row_dim=64, rows_per_head=3001), optimizer=lambda p: RowAdam(p, lr=0.05), codec="bf16",
+            dtype=dtype, device="cuda", placement=where,
+        )  # fmt: skip
+        runs.append(trajectory(bank, data, depth, reads=True) + every_record(bank))
+    assert all(same(run, runs[0]) for run in runs[1:])
+
+
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_reads_between_steps_see_every_write(make_bank: Make, placement: str) -> None:
+    runs = []
+    for depth in (0, 2):
+        bank = make_bank(BY_ORDER, optimizer=lambda p: RowAdam(p, lr=0.05), placement=placement)
+        runs.append(trajectory(bank, batches(), depth, reads=True))
+    assert same(*runs)
+
+
+def test_all_is_expanded_before_anybody_waits(make_bank: Make, device: torch.device) -> None:
+    bank = make_bank(BY_ORDER, optimizer=RowAdam, device=device)
+    step = bank.prefetch(*(Tokens(torch.randint(60, (2, 5), device=device)) for _ in range(2)))
+    for layer in (1, 3):
+        prepared = step._fetches[layer].result(30)
+        assert prepared._done is None or prepared._done.synchronize() is None
+        made = [embeddings.clone() for embeddings in prepared.embeddings]
+        places = [embeddings.data_ptr() for embeddings in prepared.embeddings]
+        waited = [step[micro].wait(layer)["engram"] for micro in range(2)]
+        assert same(made, [leaf.detach() for leaf in waited])
+        assert [leaf.data_ptr() for leaf in waited] == places
+
+
+def test_only_what_was_written_is_made_again(make_bank: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = make_bank(dict(rows_per_head=997), optimizer=lambda p: RowAdam(p, lr=0.05))
+    written, apart = torch.full((1, 4), 5), torch.full((1, 4), 9)
+    first, same_rows, others = (bank.prefetch(tokens) for tokens in (written, written, apart))
+    ahead = [step._fetches[1].result(30).embeddings[0] for step in (same_rows, others)]
+    before = [embeddings.clone() for embeddings in ahead]
+    (first[0].wait(1)["engram"].sum() + first[0].wait(3)["engram"].sum()).backward()
+    first.reduce()
+    assert not torch.isin(first._rows[1][0].keys, others._rows[1][0].keys).any()
+    first.apply()
+    assert same(ahead, before)
+    expanded: list[int] = []
+    expand = TouchedRows.expand
+
+    def noted(self: TouchedRows, micro: int, out: Tensor) -> None:
+        expanded.append(self.table.layer)
+        expand(self, micro, out)
+
+    monkeypatch.setattr(TouchedRows, "expand", noted)
+    assert torch.equal(others[0].wait(1)["engram"], before[1]) and expanded == []
+    assert not torch.equal(same_rows[0].wait(1)["engram"], before[0]) and expanded == [1]
+    assert torch.equal(same_rows[0].wait(1)["engram"], bank.read(written).wait(1)["engram"])
+
+
+def test_the_prefetch_thread_expands(make_bank: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    expand = TouchedRows.expand
+
+    def noted(self: TouchedRows, micro: int, out: Tensor) -> None:
+        threads.append(threading.current_thread().name)
+        expand(self, micro, out)
+
+    monkeypatch.setattr(TouchedRows, "expand", noted)
+    step = make_bank(optimizer=RowAdam).prefetch(torch.randint(60, (2, 7)))
+    for layer in (1, 3):
+        step._fetches[layer].result(30)
+        step[0].wait(layer)
+    assert threads == ["engram-prefetch_0"] * 2
+
+
+def test_a_closed_step_holds_no_embeddings(make_bank: Make) -> None:
+    bank = make_bank(optimizer=RowAdam)
+    step = bank.prefetch(torch.randint(60, (2, 7)))
+    step[0].wait(1)
+    prepared = [step._fetches[layer].result(30) for layer in (1, 3)]
+    step.discard()
+    assert all(layer.embeddings == [] for layer in prepared)
+    assert step.touched > 0
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_fixed_memory_is_loaded_with_what_is_exact(make_bank: Make, depth: int) -> None:
+    data = [torch.randint(2, 5 + number % 3, (2, 6)) for number in range(12)]
+    bank, plain = (make_bank(BY_ORDER, optimizer=lambda p: RowAdam(p, lr=0.05)) for _ in range(2))
+    fixed, ahead = FixedMemory(bank, 2, 6), deque[WorkingSet]()
+    for number, tokens in enumerate(data):
+        while len(ahead) <= depth and number + len(ahead) < len(data):
+            ahead.append(bank.prefetch(data[number + len(ahead)]))
+        step, expected = ahead.popleft(), plain.prefetch(tokens)
+        fixed.load(step)
+        for layer in (1, 3):
+            found, wanted = fixed.wait(layer)["engram"], expected[0].wait(layer)["engram"]
+            assert torch.equal(found, wanted)
+            for leaf in (found, wanted):
+                leaf.square().sum().backward()
+        fixed.merge()
+        for each in (step, expected):
+            each.reduce()
+            each.apply()
