@@ -106,7 +106,7 @@ def test_corrections_of_old_and_young_rows(kind: Make) -> None:
     bound_step(optimizer, rows, grad)
     twin["count"] += 1
     optimizer.update(twin["value"], grad, twin, optimizer.param_groups[0])
-    torch.testing.assert_close(rows["value"], twin["value"], rtol=2e-6, atol=0.0)
+    torch.testing.assert_close(rows["value"], twin["value"], rtol=1e-5, atol=0.0)
 
 
 def test_a_second_step_is_refused_and_others_take_the_long_way() -> None:

@@ -14,7 +14,7 @@ def test_two_micro_batches_equal_one_of_twice_the_size(make_trainer, begin_uneve
     two = make_trainer(name="two", model=dense)
     one = make_trainer(name="one", model=dense, batch_size=4, accumulation=1)
     assert begin_uneven(two) == begin_uneven(one)  # documents end in it, so that its halves weigh differently
-    losses = [float(two._step()), float(one._step())]
+    losses = [float(two.train_step()[0]), float(one.train_step()[0])]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     left, right = state_of(two), state_of(one)
     assert sorted(left) == sorted(right)
@@ -53,7 +53,7 @@ def test_prefetch_really_runs_ahead_but_not_past_the_end(make_trainer):
     trainer = make_trainer(table={"prefetch": 3})
     ahead = []
     for _ in range(trainer.recipe.steps):
-        trainer._step()
+        trainer.train_step()
         ahead.append(len(trainer._ahead))
     assert ahead == [3, 3, 3, 2, 1, 0]
 
@@ -116,13 +116,13 @@ def test_compiled_blocks_learn_the_same(make_trainer):
     losses: dict[bool, list[float]] = {}
     for compiled in (False, True):
         trainer = make_trainer(name=f"compile-{compiled}", compile=compiled, **settings)
-        losses[compiled] = [float(trainer._step()) for _ in range(3)]
+        losses[compiled] = [float(trainer.train_step()[0]) for _ in range(3)]
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
 
 
 def test_the_seed_decides_everything(make_trainer, state_of, assert_same):
     one, same, other = make_trainer(name="a"), make_trainer(name="b"), make_trainer(name="c", seed=1)
     for trainer in (one, same, other):
-        trainer._step()
+        trainer.train_step()
     assert_same(state_of(one), state_of(same))
     assert not torch.equal(state_of(one)["weight embedding.weight"], state_of(other)["weight embedding.weight"])

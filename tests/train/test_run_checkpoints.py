@@ -57,7 +57,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(make_trainer, run_step
     before = state_of(trainer)
     earlier = checkpoints(trainer.folder)[0]
     saved = listing(earlier)
-    trainer._step()
+    trainer.train_step()
     trainer.step = 3
     sizes = sorted({len(data) for data in saved.values()}, reverse=True)
     for size in sizes:
@@ -103,7 +103,7 @@ def test_a_checkpoint_appears_and_disappears_at_once(make_trainer, monkeypatch):
 
         return call
 
-    trainer._step()
+    trainer.train_step()
     trainer.step = 1
     for module, name in ((os, "rename"), (os, "replace"), (os, "fsync"), (os, "unlink"), (os, "rmdir")):
         monkeypatch.setattr(module, name, watched(getattr(module, name)))

@@ -140,9 +140,9 @@ def test_ctrl_c_saves_says_where_and_resumes_bit_for_bit(command, tmp_path, stat
 def test_a_second_ctrl_c_ends_at_once(command, tmp_path):
     """The first one is still at work here: with a step that never ends, it would never come to save."""
     folder = tmp_path / "runs" / "tiny"
-    slow = "import time, torch_engram.train.loop as loop; step = loop.Trainer._step\n" + (
+    slow = "import time, torch_engram.train.loop as loop; step = loop.Trainer.train_step\n" + (
         "def endless(trainer):\n    if trainer.step >= 2: time.sleep(1000)\n    return step(trainer)\n"
-        "loop.Trainer._step = endless\nfrom torch_engram.cli import main; main()"
+        "loop.Trainer.train_step = endless\nfrom torch_engram.cli import main; main()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", slow, *command[1:]],

@@ -12,11 +12,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from torch_engram.models.config import DecoderConfig
 from torch_engram.models.layout import Layout
 
+_FASTEST_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,  # half the time of flash attention on an H100, forward and backward (dev/LOG.md)
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 _SMALL_TILES = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3}
 """For FlexAttention's forward with narrow heads: its own choice takes sixteen times as long on an H100 (dev/LOG.md)."""
 
@@ -113,14 +120,15 @@ class Attention(nn.Module):
             # FlexAttention is fast only when compiled; in a block that is being compiled it already is.
             compiling = torch.compiler.is_compiling()
             flex: Any = flex_attention if compiling else _compiled_flex_attention()
-            options = _SMALL_TILES if self.head_dim <= 64 else None
+            options = _SMALL_TILES if self.head_dim <= 64 and query.shape[2] >= 128 else None
             attended = flex(query, key, value, block_mask=layout.block_mask, enable_gqa=grouped, kernel_options=options)
             assert isinstance(attended, Tensor)
             return attended
         ordered = layout.mask is None and query.shape[2] > 1  # a lone token sees all keys there are
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=layout.mask, is_causal=ordered, enable_gqa=grouped
-        )
+        with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=layout.mask, is_causal=ordered, enable_gqa=grouped
+            )
 
 
 @functools.cache

@@ -73,7 +73,7 @@ class RecordLayout:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of a record: padded to a multiple of 16, the widest access of a GPU, or of 8 where records are short."""
+        """Bytes of a record: padded to a multiple of 16, the widest access of a GPU, or of 8 if it is short."""
         size = self.fields[-1].stop
         unit = 16 if size > 64 else 8
         return -(-size // unit) * unit

@@ -1,6 +1,6 @@
 """The training loop: prefetch, forward, backward, reduce, clip, step, and what surrounds them.
 
-Read :meth:`Trainer._step` first: it is the whole of training with a memory.
+Read :meth:`Trainer.train_step` first: it is the whole of training with a memory.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ from torch_engram.train.evaluate import Score, evaluate
 from torch_engram.train.guards import deterministic_kernels, interruptible, only_run
 from torch_engram.train.loss import head_loss
 from torch_engram.train.metrics import Metrics
+from torch_engram.train.readout import Reading, Readout
 from torch_engram.train.recipe import Recipe, differences
 from torch_engram.train.schedule import factor
 
@@ -103,7 +104,6 @@ class Trainer:
         self._ahead: deque[_Prepared] = deque()
         self._drawn = self.step
         self._stop = False
-        self._norm = torch.zeros(())
         self._balance: dict[int, Tensor] = {}
 
     def _start_at_zero_or_resume(self, resume_run: bool) -> None:
@@ -169,22 +169,24 @@ class Trainer:
 
     # -- one step -------------------------------------------------------------------------------------------------
 
-    def _step(self) -> Tensor:
-        """Train one step; returns its mean loss, still on the device."""
+    def train_step(self) -> tuple[Tensor, Tensor]:
+        """Train one step; returns its mean loss and the norm of all gradients, scalars still on the device."""
         prepared = self._next()
         targets = max(1, sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in prepared.batches))
         total = torch.zeros((), device=self.recipe.device)
         for number, batch in enumerate(prepared.batches):
             memory = join(*(rows[number] for rows in prepared.rows.values())) if prepared.rows else None
+            packed = bool(batch.doc_start[:, 1:].any())  # whole sequences of one document need no mask
             batch = batch.to(self.recipe.device)
             with torch.autocast(self.recipe.device, torch.bfloat16, enabled=self.recipe.dtype == "bf16"):
-                hidden = self.decoder(batch.tokens, memory, doc_start=batch.doc_start, return_hidden=True)
+                doc_start = batch.doc_start if packed else None
+                hidden = self.decoder(batch.tokens, memory, doc_start=doc_start, return_hidden=True)
                 loss = head_loss(hidden, self.decoder.head.weight, batch.targets, self.decoder.pad_bias, targets)
             loss.backward()
             total += loss.detach()
         for rows in prepared.rows.values():
             rows.reduce()
-        self._clip()
+        norm = self._clip()
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -193,7 +195,7 @@ class Trainer:
         for scheduler in self._schedulers:
             scheduler.step()
         self._balance = self.decoder.update_balance(self.recipe.balance_rate)
-        return total
+        return total, norm
 
     def _next(self) -> _Prepared:
         """The coming step's batches and rows, keeping ``table.prefetch`` further steps under way."""
@@ -208,11 +210,12 @@ class Trainer:
             self._drawn += 1
         return self._ahead.popleft()
 
-    def _clip(self) -> None:
-        """Scale all gradients, rows included, to the recipe's norm."""
+    def _clip(self) -> Tensor:
+        """Scale all gradients, rows included, to the recipe's norm; returns what it was."""
         rows = [proxy for bank in self.banks.values() for proxy in bank.parameters()]
         limit = self.recipe.clip or float("inf")
-        self._norm = torch.nn.utils.clip_grad_norm_([*self.decoder.parameters(), *rows], limit, foreach=False)
+        together = self.recipe.device == "cuda"
+        return torch.nn.utils.clip_grad_norm_([*self.decoder.parameters(), *rows], limit, foreach=together)
 
     # -- the run --------------------------------------------------------------------------------------------------
 
@@ -233,27 +236,43 @@ class Trainer:
     def _run(self, watch: Callable[[Progress], None] | None) -> Outcome:
         recipe = self.recipe
         metrics = Metrics(self.folder, recipe, self.step)
+        readout = Readout()
         self.decoder.train()
         try:
             while self.step < recipe.steps and not self._stop:
                 begun = time.perf_counter()
-                loss = self._step().item()
-                self.seconds += time.perf_counter() - begun
-                self._require_finite(loss)
+                readout.send(self.step + 1, *self.train_step())
                 self.step += 1
-                if watch is not None:
-                    watch(Progress(self.step, recipe.steps, loss, self.tokens_per_second))
-                if self.step % recipe.log_every == 0 or self.step == recipe.steps:
-                    metrics.log(self.step, **self._line(loss))
-                if self.step % recipe.eval_every == 0 and self.step < recipe.steps:
+                readings = list(readout.read(behind=0 if self._looks_now() else 1))
+                self.seconds += time.perf_counter() - begun
+                self._tell(readings, watch)
+                if self._is_due(recipe.log_every) or self.step == recipe.steps:
+                    metrics.log(self.step, **self._line(readings[-1]))
+                if self._is_due(recipe.eval_every) and self.step < recipe.steps:
                     self._validate(metrics, recipe.eval_batches)
-                if recipe.save_every and self.step % recipe.save_every == 0:
+                if self._is_due(recipe.save_every):
                     self.save()
+            self._tell(readout.read(behind=0), watch)
             saved = self.save()
             score = None if self._stop else self._validate(metrics, None)
         finally:
             metrics.close()
         return Outcome(self.step, self.step < recipe.steps, saved, score, self.tokens_per_second)
+
+    def _tell(self, readings: Iterable[Reading], watch: Callable[[Progress], None] | None) -> None:
+        for reading in readings:
+            self._require_finite(reading)
+            if watch is not None:
+                watch(Progress(reading.step, self.recipe.steps, reading.loss, self.tokens_per_second))
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _looks_now(self) -> bool:
+        """Whether this step's numbers are needed before the next step: to log them, or lest bad weights are saved."""
+        recipe = self.recipe
+        often = any(map(self._is_due, (recipe.log_every, recipe.eval_every, recipe.save_every)))
+        return often or self._stop or self.step == recipe.steps
 
     def _ask_to_stop(self) -> None:
         self._stop = True
@@ -268,11 +287,11 @@ class Trainer:
         """Training tokens over the time of training steps, since step 0."""
         return self.step * self.recipe.tokens_per_step / self.seconds if self.seconds else 0.0
 
-    def _line(self, loss: float) -> dict[str, float]:
+    def _line(self, reading: Reading) -> dict[str, float]:
         line: dict[str, float] = {
-            "loss": loss,
+            "loss": reading.loss,
             "lr_factor": self._factor(self.step - 1),
-            "grad_norm": float(self._norm),
+            "grad_norm": reading.norm,
             "tokens": self.step * self.recipe.tokens_per_step,
             "tokens_per_second": self.tokens_per_second,
         }
@@ -305,13 +324,13 @@ class Trainer:
         metrics.log(self.step, validation=score.nats, bits_per_byte=score.bits_per_byte)
         return score
 
-    def _require_finite(self, loss: float) -> None:
-        """After a step, for its loss and gradients; a checkpoint of the weights that gave them is no good one."""
-        norm = float(self._norm)
-        if math.isfinite(loss) and math.isfinite(norm):
+    def _require_finite(self, reading: Reading) -> None:
+        """For a step's loss and gradients; a checkpoint of the weights that gave them is no good one."""
+        if math.isfinite(reading.loss) and math.isfinite(reading.norm):
             return
-        what = f"The norm of the gradients is {norm}" if math.isfinite(loss) else f"The loss is {loss}"
-        raise ValueError(self._astray(f"{what} at step {self.step + 1}", self.step))
+        what = "The norm of the gradients" if math.isfinite(reading.loss) else "The loss"
+        value = reading.norm if math.isfinite(reading.loss) else reading.loss
+        raise ValueError(self._astray(f"{what} is {value} at step {reading.step}", reading.step - 1))
 
     def _astray(self, what: str, step: int) -> str:
         """The sentence about a run whose weights after ``step`` are no good."""

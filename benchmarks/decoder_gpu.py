@@ -1,0 +1,167 @@
+"""mfu-dense, moe-vs-dense, engram-overhead, small-run: training speed of the reference decoder on one GPU.
+
+All train for real: natural text, mixed precision, compiled blocks, Muon and Adam, clipping; tokens a second are of whole
+steps, data included. The steps of models that are compared take turns.
+
+- mfu-dense: 300 M parameters, sequences of 4,096, each one document. Model FLOPs are counted from the configuration
+  (3 times the forward's products and causal attention, nothing for recomputation) over 989 TFLOP/s, an H100's dense
+  bf16 rate.
+- moe-vs-dense: tokens a second of a mixture of experts over the dense decoder's, both with 115 M active parameters
+  (9 layers, hidden 1024, 65,536 tokens a step); beside it the same at hidden 512.
+- engram-overhead: step time of ``small-engram``, its experts matched to ``small-moe`` in total and active parameters
+  (both are recorded), over ``small-moe``'s.
+- small-run: tokens a second of ``small-engram`` as it is: hidden 512, 8 layers, 131,072 tokens a step.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from record import record
+
+from torch_engram.data import open_corpus
+from torch_engram.models import DecoderConfig, MoEConfig
+from torch_engram.models.accounting import account, match_budget
+from torch_engram.train.build import Text
+from torch_engram.train.loop import Trainer
+from torch_engram.train.recipe import Recipe
+from torch_engram.train.recipes import get_recipe
+
+PEAK = 989e12
+WARM_UP, TURNS, STEPS = 5, 6, 4
+
+
+class Runs:
+    """Trainers that share their text and a folder."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self.text: dict[int, Text] = {}
+
+    def trainer(self, recipe: Recipe) -> Trainer:
+        """A trainer that has taken its first steps."""
+        recipe = replace(recipe, out=self.folder, cache=f"{self.folder}/cache", steps=10_000)
+        trainer = Trainer(recipe, text=self.text.get(recipe.model.vocab_size))
+        self.text[recipe.model.vocab_size] = trainer.text
+        trainer.decoder.train()
+        for _ in range(WARM_UP):
+            trainer.train_step()
+        return trainer
+
+
+def milliseconds(*trainers: Trainer) -> list[list[float]]:
+    """Mean step times of each trainer, one a turn."""
+    taken: list[list[float]] = [[] for _ in trainers]
+    for _ in range(TURNS):
+        for trainer, samples in zip(trainers, taken, strict=True):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(STEPS):
+                trainer.train_step()
+            torch.cuda.synchronize()
+            samples.append(1e3 * (time.perf_counter() - start) / STEPS)
+    return taken
+
+
+def report(claim: str, name: str, trainer: Trainer, samples: list[float]) -> None:
+    """What is recorded of every model beside its claim."""
+    tokens = trainer.recipe.tokens_per_step
+    speeds = [tokens / took / 1e3 for took in samples]
+    counted = trainer.account
+    record(claim, f"{name}-speed", speeds, "M tokens/s", device="cuda")
+    record(claim, f"{name}-utilisation", [3 * counted.flops * s * 1e6 / PEAK for s in speeds], "of peak", device="cuda")
+    for size in ("total", "active"):
+        record(claim, f"{name}-{size}-parameters", [getattr(counted, size) / 1e6], "M", device="cuda")
+
+
+def mfu_dense(runs: Runs) -> None:
+    text = "\n\n".join(open_corpus("demo"))
+    corpus = Path(runs.folder) / "long.jsonl"
+    corpus.write_text(json.dumps({"text": text}))
+    model = DecoderConfig(vocab_size=16_384, hidden=1280, layers=13, heads=10, ffn_hidden=4096, tie_embeddings=False)
+    base = replace(get_recipe("small-dense"), name="mfu", model=model, seq_len=4096, batch_size=16)
+    runs.text.clear()
+    trainer = runs.trainer(replace(base, data=str(corpus), validation_share=0.0))
+    runs.text.clear()
+    (samples,) = milliseconds(trainer)
+    flops = 3 * trainer.account.flops * base.tokens_per_step
+    record("mfu-dense", "utilisation", [flops / (took / 1e3) / PEAK for took in samples], "of peak", device="cuda")
+    report("mfu-dense", "dense", trainer, samples)
+
+
+def moe_vs_dense(runs: Runs) -> None:
+    dense = DecoderConfig(vocab_size=16_384, hidden=1024, layers=9, heads=8, ffn_hidden=2816, tie_embeddings=False)
+    moe = replace(dense, moe=MoEConfig(experts=32, top_k=3, expert_hidden=704, shared_hidden=704))
+    base = replace(get_recipe("small-dense"), seq_len=1024, batch_size=64)
+    pairs = {
+        "": (replace(base, name="dense-1024", model=dense), replace(base, name="moe-1024", model=moe)),
+        "small-": (get_recipe("small-dense"), get_recipe("small-moe")),
+    }
+    for prefix, recipes in pairs.items():
+        trainers = [runs.trainer(recipe) for recipe in recipes]
+        taken = milliseconds(*trainers)
+        ratios = [a / b for a, b in zip(*taken, strict=True)]
+        record("moe-vs-dense", f"{prefix}moe-over-dense", ratios, "times", reference=1.0, device="cuda")
+        for name, trainer, samples in zip(("dense", "moe"), trainers, taken, strict=True):
+            report("moe-vs-dense", prefix + name, trainer, samples)
+        del trainers, trainer
+        clear()
+
+
+def engram_overhead(runs: Runs) -> None:
+    moe, engram = get_recipe("small-moe"), get_recipe("small-engram")
+    tables = account(engram.model).tables
+    model = match_budget(moe.model, engram.model, tables)
+    assert model.moe is not None
+    aligned = replace(model.moe, shared_hidden=round(model.moe.shared_hidden / 8) * 8)  # as matrix products want it
+    matched = replace(engram, name="matched", model=replace(model, moe=aligned))
+    trainers = [runs.trainer(recipe) for recipe in (moe, matched)]
+    taken = milliseconds(*trainers)
+    ratios = [b / a for a, b in zip(*taken, strict=True)]
+    record("engram-overhead", "engram-over-moe", ratios, "times", reference=1.0, device="cuda")
+    for name, trainer, samples in zip(("moe", "engram"), trainers, taken, strict=True):
+        record("engram-overhead", f"{name}-step", samples, "ms", device="cuda")
+        report("engram-overhead", name, trainer, samples)
+
+
+def small_run(runs: Runs) -> None:
+    trainer = runs.trainer(get_recipe("small-engram"))
+    (samples,) = milliseconds(trainer)
+    tokens = trainer.recipe.tokens_per_step
+    record("small-run", "speed", [tokens / took / 1e3 for took in samples], "M tokens/s", device="cuda")
+    record("small-run", "peak-memory", [torch.cuda.max_memory_allocated() / 2**30], "GiB", device="cuda")
+    report("small-run", "engram", trainer, samples)
+
+
+def clear() -> None:
+    """Give back what the last models held."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+CLAIMS: dict[str, Callable[[Runs], None]] = {
+    "small-run": small_run,
+    "engram-overhead": engram_overhead,
+    "moe-vs-dense": moe_vs_dense,
+    "mfu-dense": mfu_dense,
+}
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Runs(folder)
+        for claim in sys.argv[1:] or CLAIMS:
+            CLAIMS[claim](runs)
+            clear()
+
+
+if __name__ == "__main__":
+    main()

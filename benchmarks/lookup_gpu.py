@@ -1,0 +1,194 @@
+"""lookup-share, lookup-exposed, step-flat-rows: what a memory in HBM costs a training step on one GPU.
+
+A dense decoder with 115 M active parameters (9 layers, hidden 1024) and Engrams at two layers (orders 2 and 3, 8 heads,
+rows of 64 numbers in bf16 under row-wise Adam), 65,536 tokens of natural text a step in sequences of 1,024, compiled.
+
+- share: addressing, unique, fetch, expansion, merge and row update of a step on an otherwise idle GPU, waited for, over
+  the whole step with nothing fetched ahead.
+- exposed: what a step with rows fetched a step ahead takes beyond the same step with constant embeddings, over the
+  step. The variants take turns in the same process, and a difference is taken within each turn.
+- flat: a step with 300 M rows over one with 10 M, on the same batches; and the peak of memory beyond weights' and
+  tables' own.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from record import record
+from timing import median
+from torch import Tensor
+
+from torch_engram.config import EngramConfig
+from torch_engram.memory import Memory, Tokens
+from torch_engram.models import DecoderConfig
+from torch_engram.train.build import Text
+from torch_engram.train.loop import Trainer
+from torch_engram.train.recipe import Recipe, TableRecipe
+
+LAYERS, ORDERS, HEADS, ROW_DIM, HIDDEN, VOCAB = (1, 4), 2, 8, 64, 1024, 16_384
+TURNS, STEPS = 5, 6
+GIB = 2**30
+
+
+def recipe(folder: str, rows: int, prefetch: int) -> Recipe:
+    """The model of all three claims over about ``rows`` rows."""
+    engram = EngramConfig(
+        layers=LAYERS, hidden=HIDDEN, vocab_size=VOCAB, heads=HEADS, row_dim=ROW_DIM,
+        rows_per_head=rows // (len(LAYERS) * ORDERS * HEADS),
+    )  # fmt: skip
+    model = DecoderConfig(
+        vocab_size=VOCAB, hidden=HIDDEN, layers=9, heads=8, ffn_hidden=2816, tie_embeddings=False,
+        engrams={"engram": engram},
+    )  # fmt: skip
+    return Recipe(
+        f"rows-{rows}-{prefetch}", model, out=folder, cache=f"{folder}/cache", seq_len=1024, batch_size=64,
+        steps=10_000, device="cuda", dtype="bf16", compile=True,
+        table=TableRecipe(optimizer="rowwise_adam", codec="bf16", prefetch=prefetch),
+    )  # fmt: skip
+
+
+class Constant:
+    """In place of a working set: embeddings that nobody looks up, and gradients that nobody uses."""
+
+    def __init__(self, leaves: dict[int, Tensor]):
+        self.leaves = leaves
+
+    def __getitem__(self, micro: int) -> Memory:
+        def wait(layer: int) -> dict[str, Tensor]:
+            if layer not in self.leaves:
+                return {}
+            self.leaves[layer].grad = None
+            return {"engram": self.leaves[layer]}
+
+        return Memory(wait)
+
+    def reduce(self) -> None:
+        """Nothing."""
+
+    def apply(self) -> None:
+        """Nothing."""
+
+
+def seconds(work: Callable[[], object], times: int = STEPS) -> float:
+    """Mean wall time of a call, the GPU waited for at the end."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / times
+
+
+def without_lookups(trainer: Trainer) -> Callable[[], object]:
+    """The trainer's step with constant embeddings."""
+    bank = trainer.banks["engram"]
+    shape = (trainer.recipe.batch_size, trainer.recipe.seq_len, bank.config.embedding_dim)
+    constant = Constant(
+        {layer: torch.randn(shape, device="cuda").bfloat16().requires_grad_() for layer in bank.config.layers}
+    )
+
+    def step() -> None:
+        bank.prefetch = lambda *batches: constant  # type: ignore[method-assign]
+        trainer.train_step()
+        del bank.prefetch
+
+    return step
+
+
+def lookups(trainer: Trainer, times: int = 23) -> list[float]:
+    """Milliseconds of a step's work outside the network, from ids on the host to rows written back."""
+    bank = trainer.banks["engram"]
+    shape = (trainer.recipe.batch_size, trainer.recipe.seq_len, bank.config.embedding_dim)
+    grad = torch.randn(shape, device="cuda").bfloat16()
+    spent = []
+    for number in range(times):
+        batch = trainer.data.batch(number).pin_memory()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        rows = bank.prefetch(Tokens(batch.tokens, doc_start=batch.doc_start))
+        for layer in bank.config.layers:
+            rows[0].wait(layer)["engram"].backward(grad)
+        rows.reduce()
+        rows.apply()
+        torch.cuda.synchronize()
+        spent.append(1e3 * (time.perf_counter() - start))
+    return spent[3:]
+
+
+def touched(trainer: Trainer) -> int:
+    """U: the distinct rows of a step."""
+    batch = trainer.data.batch(0)
+    rows = trainer.banks["engram"].prefetch(Tokens(batch.tokens, doc_start=batch.doc_start))
+    found = rows.touched
+    rows.discard()
+    return found
+
+
+def share(folder: str, text: Text | None) -> Text:
+    """Measures lookup-share and lookup-exposed."""
+    trainers = {ahead: Trainer(recipe(folder, 10_000_000, ahead), text=text) for ahead in (0, 1)}
+    text = trainers[0].text
+    steps = {
+        "unoverlapped": trainers[0].train_step,
+        "prefetched": trainers[1].train_step,
+        "without-lookups": without_lookups(trainers[0]),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(TURNS + 1):
+        for name, step in steps.items():
+            took = seconds(step)
+            if turn:
+                taken[name].append(1e3 * took)
+    alone = lookups(trainers[0])
+    whole = median(taken["unoverlapped"])
+    for name, samples in taken.items():
+        ratio = median(samples) / whole
+        record("lookup-share", f"step-{name}", samples, "ms", reference=whole, ratio=ratio, device="cuda")
+    record("lookup-share", "lookups-alone", alone, "ms", reference=whole, ratio=median(alone) / whole, device="cuda")
+    record("lookup-share", "of-the-step", [took / whole for took in alone], "share", reference=1.0, device="cuda")
+    record("lookup-share", "distinct-rows", [float(touched(trainers[0]))], "rows", device="cuda")
+    pairs = zip(taken["prefetched"], taken["without-lookups"], strict=True)
+    record("lookup-exposed", "of-the-step", [(a - b) / a for a, b in pairs], "share", reference=1.0, device="cuda")
+    return text
+
+
+def flat(folder: str, text: Text) -> None:
+    """Measures step-flat-rows: both tables in HBM at once, steps in turn."""
+    times: dict[int, list[float]] = {}
+    beyond: dict[int, float] = {}
+    trainers = {}
+    for rows in (10_000_000, 300_000_000):
+        trainers[rows] = trainer = Trainer(recipe(folder, rows, 1), text=text)
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        seconds(trainer.train_step, 4)
+        beyond[rows] = (torch.cuda.max_memory_allocated() - held) / GIB
+        times[rows] = []
+    for _ in range(TURNS):
+        for rows, trainer in trainers.items():
+            times[rows].append(1e3 * seconds(trainer.train_step))
+    (small, large) = times
+    for rows, samples in times.items():
+        name = f"{rows // 1_000_000}M-rows"
+        record("step-flat-rows", f"step-{name}", samples, "ms", device="cuda")
+        record("step-flat-rows", f"memory-beyond-{name}", [beyond[rows]], "GiB", device="cuda")
+    ratios = [b / a for a, b in zip(times[small], times[large], strict=True)]
+    record("step-flat-rows", "300M-over-10M-rows", ratios, "times", reference=1.0, device="cuda")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        text = share(folder, None)
+        gc.collect()
+        torch.cuda.empty_cache()
+        flat(str(Path(folder) / "flat"), text)
+
+
+if __name__ == "__main__":
+    main()
