@@ -1,13 +1,13 @@
 """mfu-dense, moe-vs-dense, engram-overhead, small-run: training speed of the reference decoder on one GPU.
 
-All train for real: natural text, mixed precision, compiled blocks, Muon and Adam, clipping; tokens a second are of whole
-steps, data included. The steps of models that are compared take turns.
+All train for real: natural text, mixed precision, compiled blocks, Muon and Adam, clipping. Tokens a second are those
+of whole steps, data included. The steps of models that are compared take turns.
 
 - mfu-dense: 300 M parameters, sequences of 4,096, each one document. Model FLOPs are counted from the configuration
   (3 times the forward's products and causal attention, nothing for recomputation) over 989 TFLOP/s, an H100's dense
   bf16 rate.
 - moe-vs-dense: tokens a second of a mixture of experts over the dense decoder's, both with 115 M active parameters
-  (9 layers, hidden 1024, 65,536 tokens a step); beside it the same at hidden 512.
+  (9 layers, hidden 1024), at 131,072 tokens a step; beside it the same at hidden 512.
 - engram-overhead: step time of ``small-engram``, its experts matched to ``small-moe`` in total and active parameters
   (both are recorded), over ``small-moe``'s.
 - small-run: tokens a second of ``small-engram`` as it is: hidden 512, 8 layers, 131,072 tokens a step.
@@ -100,7 +100,7 @@ def mfu_dense(runs: Runs) -> None:
 def moe_vs_dense(runs: Runs) -> None:
     dense = DecoderConfig(vocab_size=16_384, hidden=1024, layers=9, heads=8, ffn_hidden=2816, tie_embeddings=False)
     moe = replace(dense, moe=MoEConfig(experts=32, top_k=3, expert_hidden=704, shared_hidden=704))
-    base = replace(get_recipe("small-dense"), seq_len=1024, batch_size=64)
+    base = replace(get_recipe("small-dense"), batch_size=64, accumulation=2)
     pairs = {
         "": (replace(base, name="dense-1024", model=dense), replace(base, name="moe-1024", model=moe)),
         "small-": (get_recipe("small-dense"), get_recipe("small-moe")),
@@ -142,7 +142,8 @@ def small_run(runs: Runs) -> None:
 
 
 def clear() -> None:
-    """Give back what the last models held."""
+    """Give back what the last models held, and forget what was compiled for their shapes."""
+    torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
 

@@ -124,7 +124,7 @@ class Attention(nn.Module):
             attended = flex(query, key, value, block_mask=layout.block_mask, enable_gqa=grouped, kernel_options=options)
             assert isinstance(attended, Tensor)
             return attended
-        ordered = layout.mask is None and query.shape[2] > 1  # a lone token sees all keys there are
+        ordered = layout.mask is None and bool(query.shape[2] > 1)  # a lone token sees all keys there are
         with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask=layout.mask, is_causal=ordered, enable_gqa=grouped

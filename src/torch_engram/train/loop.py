@@ -100,7 +100,7 @@ class Trainer:
         self.seconds = 0.0  # of training steps
         self._start_at_zero_or_resume(resume_run)
         if recipe.compile:
-            self.decoder.compile_blocks()
+            self.decoder.compile_blocks(dynamic=False)  # a step's shapes never change
         self._ahead: deque[_Prepared] = deque()
         self._drawn = self.step
         self._stop = False
