@@ -4,8 +4,8 @@ A dense decoder with 115 M active parameters (9 layers, hidden 1024) and Engrams
 rows of 64 numbers in bf16 under row-wise Adam), 65,536 tokens of natural text a step in sequences of 1,024, compiled.
 
 - share: the time of a GPU for addressing, unique, fetch, expansion, merge and row update of a step, summed over their
-  kernels and copies on an otherwise idle GPU, over the whole step with nothing fetched ahead. Beside it the same work by
-  the clock, from ids on the host to rows written back: on an idle GPU that is mostly the time of launches.
+  kernels and copies on an otherwise idle GPU, over the whole step with nothing fetched ahead. Beside it the same work
+  by the clock, from ids on the host to rows written back: on an idle GPU that is mostly the time of launches.
 - exposed: what a step with rows fetched a step ahead takes beyond the same step with constant embeddings, over the
   step. The variants take turns in the same process, and a difference is taken within each turn.
 - flat: a step with 300 M rows over one with 10 M, on the same batches; and the peak of memory beyond weights' and
