@@ -1,4 +1,4 @@
-"""Claim, goal, latest value, met or not; ``--write-readme`` puts the same table into both READMEs."""
+"""Claim, goal, latest value, met or not; ``--write`` puts the table into both READMEs, and all cases into docs/results.md."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 READMES = (ROOT / "README.md", ROOT / "README.zh.md")
+PAGE = ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
@@ -53,27 +54,28 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def beside() -> str:
-    """One Markdown row for every case that was measured beside a claim, without a goal."""
-    lines = ["| beside | case | measured | device |", "|---|---|---|---|"]
+def page() -> str:
+    """docs/results.md: for every claim its goal and the latest row of each of its cases."""
+    parts = [
+        "# Results\n\nWritten by `python benchmarks/scoreboard.py --write` from the rows in `benchmarks/results`.\n"
+    ]
     for claim in claims():
         rows = latest(claim["id"])
-        for case in claim["beside"]:
-            if case in rows:
-                row = rows[case]
-                lines.append(f"| {claim['id']} | {case} | {number(row['value'])} {row['unit']} | {row['device']} |")
-    return "\n".join(lines)
+        lines = [f"## {claim['id']}\n\n{claim['what']}. Goal: {claim['goal']} {claim['unit']}; `{claim['script']}`.\n"]
+        lines += ["| case | p20 | p50 | p80 | n | device | versions | commit |", "|---|---|---|---|---|---|---|---|"]
+        for case in [*claim["cases"], *claim["beside"]]:
+            row = rows[case]
+            spread = " | ".join(number(row[name]) for name in ("p20", "p50", "p80"))
+            cells = (case, f"{spread} {row['unit']}", row["n"], row["device"], row["versions"], row["commit"])
+            lines.append(f"| {' | '.join(cells)} |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
 
 
 def number(value: str) -> str:
     """Three significant digits, more before the point."""
     size = float(value)
     return f"{size:,.0f}" if size >= 1000 else f"{size:#.3g}".rstrip(".")
-
-
-def results() -> str:
-    """What the READMEs show."""
-    return f"{table()}\n\n{beside()}"
 
 
 def block(text: str) -> str:
@@ -83,18 +85,19 @@ def block(text: str) -> str:
     return text.split(BEGIN)[1].split(END)[0].strip()
 
 
-def write_readmes() -> None:
-    """Replace the results block of every README."""
+def write() -> None:
+    """Replace the results block of every README, and the page."""
     for path in READMES:
         text = path.read_text()
         block(text)
         before, after = text.split(BEGIN)[0], text.split(END)[1]
-        path.write_text(f"{before}{BEGIN}\n{results()}\n{END}{after}")
+        path.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
+    PAGE.write_text(page())
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write-readme", action="store_true", help="rewrite the results block of both READMEs")
-    if parser.parse_args().write_readme:
-        write_readmes()
-    print(results())
+    parser.add_argument("--write", action="store_true", help="rewrite the READMEs' results and docs/results.md")
+    if parser.parse_args().write:
+        write()
+    print(table())

@@ -24,8 +24,12 @@ _FASTEST_FIRST = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-_SMALL_TILES = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3}
-"""For FlexAttention's forward with narrow heads: its own choice takes sixteen times as long on an H100 (dev/LOG.md)."""
+_SMALL_TILES = {
+    **{"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3},
+    **{"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32},
+    **{"bwd_num_warps": 4, "bwd_num_stages": 3},
+}
+"""For FlexAttention with narrow heads: its own choice takes many times as long forward on an H100 (dev/LOG.md)."""
 
 
 class KVCache:

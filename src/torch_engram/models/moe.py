@@ -138,7 +138,7 @@ class MoE(nn.Module):
         if chosen.is_cuda:
             from torch_engram.models.moe_fused import count_fused
 
-            self.load += count_fused(chosen, live, self.config.experts)
+            self.load.add_(count_fused(chosen, live, self.config.experts))  # a recompute may run in a traced graph
             return
         ones = torch.ones_like(chosen, dtype=self.load.dtype)
         if live is not None:
