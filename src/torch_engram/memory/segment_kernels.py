@@ -24,7 +24,7 @@ _HEADS = 1024
 """Numbers of the sums that one program of ``merge`` has in hand: 8 a thread, one 16-byte access in bf16."""
 _READS_AHEAD = 4
 """Reads of one row that are on their way together."""
-_PIECE = 32
+_PIECE = 64
 _PIECES_AHEAD = 64
 _IDS = 1024
 """Ids that one program of ``unique`` looks at."""

@@ -19,7 +19,7 @@ from torch_engram.models.config import DecoderConfig
 from torch_engram.models.layout import Layout
 
 _FASTEST_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,  # half the time of flash attention on an H100, forward and backward (dev/LOG.md)
+    SDPBackend.CUDNN_ATTENTION,  # half the time of flash attention on an H100, though never deterministic (dev/LOG.md)
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
@@ -129,7 +129,8 @@ class Attention(nn.Module):
             assert isinstance(attended, Tensor)
             return attended
         ordered = layout.mask is None and bool(query.shape[2] > 1)  # a lone token sees all keys there are
-        with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
+        backends = _FASTEST_FIRST[1:] if torch.are_deterministic_algorithms_enabled() else _FASTEST_FIRST
+        with sdpa_kernel(backends, set_priority=True):
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask=layout.mask, is_causal=ordered, enable_gqa=grouped
             )

@@ -176,10 +176,11 @@ class Trainer:
         total = torch.zeros((), device=self.recipe.device)
         for number, batch in enumerate(prepared.batches):
             memory = join(*(rows[number] for rows in prepared.rows.values())) if prepared.rows else None
-            packed = bool(batch.doc_start[:, 1:].any())  # whole sequences of one document need no mask
+            # Whole sequences of one document need no mask, but only attention with one has deterministic kernels.
+            masked = self.recipe.deterministic or bool(batch.doc_start[:, 1:].any())
             batch = batch.to(self.recipe.device)
             with torch.autocast(self.recipe.device, torch.bfloat16, enabled=self.recipe.dtype == "bf16"):
-                doc_start = batch.doc_start if packed else None
+                doc_start = batch.doc_start if masked else None
                 hidden = self.decoder(batch.tokens, memory, doc_start=doc_start, return_hidden=True)
                 loss = head_loss(hidden, self.decoder.head.weight, batch.targets, self.decoder.pad_bias, targets)
             loss.backward()
