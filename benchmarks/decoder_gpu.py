@@ -3,10 +3,10 @@
 All train for real: natural text, mixed precision, compiled blocks, Muon and Adam, clipping. Tokens a second are those
 of whole steps, data included. The steps of models that are compared take turns.
 
-- mfu-dense: 300 M parameters, sequences of 4,096, each one document. Model FLOPs are counted from the configuration
-  (3 times the forward's products and causal attention, nothing for recomputation) over 989 TFLOP/s, an H100's dense
-  bf16 rate.
-- moe-vs-dense: tokens a second of a mixture of experts over the dense decoder's, both with 115 M active parameters
+- mfu-dense: 290 M parameters beside embedding and head, sequences of 4,096, each one document. Model FLOPs are counted
+  from the configuration (3 times the forward's products and causal attention, nothing for recomputation) over
+  989 TFLOP/s, an H100's dense bf16 rate.
+- moe-vs-dense: tokens a second of a mixture of experts over the dense decoder's, both with 116 M active parameters
   (9 layers, hidden 1024), at 131,072 tokens a step; beside it the same at hidden 512.
 - engram-overhead: step time of ``small-engram``, its experts matched to ``small-moe`` in total and active parameters
   (both are recorded), over ``small-moe``'s.

@@ -55,7 +55,8 @@ def peft(folder: Path) -> tuple[nn.ModuleList, Callable[[Tensor, Tensor], Tensor
         "types": {"jaxtyped": lambda function: function},
         "utils": {"safe_from_numpy": None},
     }
-    sys.modules["engram_peft"] = types.ModuleType("engram_peft")
+    sys.modules["engram_peft"] = package = types.ModuleType("engram_peft")
+    package.__path__ = []  # the compiler imports layer.py by its name
     for name, contents in names.items():
         sys.modules[f"engram_peft.{name}"] = module = types.ModuleType(name)
         vars(module).update(contents)
@@ -63,7 +64,7 @@ def peft(folder: Path) -> tuple[nn.ModuleList, Callable[[Tensor, Tensor], Tensor
         typing.override = lambda method: method  # type: ignore[attr-defined, misc, assignment]
     spec = importlib.util.spec_from_file_location("engram_peft.layer", folder / "engram_peft" / "layer.py")
     assert spec is not None and spec.loader is not None
-    layer = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = layer = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(layer)
     config = types.SimpleNamespace(enable_telemetry=False)
     gating = layer.ContextAwareGating(config, CONFIG.embedding_dim, HIDDEN, BRANCHES, zero_init=False)

@@ -1,4 +1,4 @@
-"""Claim, goal, latest value, met or not; ``--write`` puts the table into both READMEs, and all cases into docs/results.md."""
+"""Claim, goal, latest value, met or not; ``--write`` puts it into both READMEs, and all cases into docs/results.md."""
 
 from __future__ import annotations
 
@@ -64,6 +64,9 @@ def page() -> str:
         lines = [f"## {claim['id']}\n\n{claim['what']}. Goal: {claim['goal']} {claim['unit']}; `{claim['script']}`.\n"]
         lines += ["| case | p20 | p50 | p80 | n | device | versions | commit |", "|---|---|---|---|---|---|---|---|"]
         for case in [*claim["cases"], *claim["beside"]]:
+            if case not in rows:
+                lines.append(f"| {case} | not measured yet |")
+                continue
             row = rows[case]
             spread = " | ".join(number(row[name]) for name in ("p20", "p50", "p80"))
             cells = (case, f"{spread} {row['unit']}", row["n"], row["device"], row["versions"], row["commit"])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torch_engram.memory import FixedMemory, MemoryBank, Tokens, WorkingSet
 from torch_engram.memory.rows import TouchedRows
+from torch_engram.memory.source import Source
 from torch_engram.optim import ROW_OPTIMIZERS, RowAdam
 from torch_engram.stores import decoded
 
@@ -197,6 +198,22 @@ def test_the_prefetch_thread_expands(make_bank: Make, monkeypatch: pytest.Monkey
         step._fetches[layer].result(30)
         step[0].wait(layer)
     assert threads == ["engram-prefetch_0"] * 2
+
+
+def test_a_patch_that_failed_is_tried_again(make_bank: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, tokens = make_bank(optimizer=lambda p: RowAdam(p, lr=0.05)), torch.full((1, 4), 5)
+    first, second = bank.prefetch(tokens), bank.prefetch(tokens)
+    (first[0].wait(1)["engram"].sum() + first[0].wait(3)["engram"].sum()).backward()
+    first.reduce()
+    first.apply()
+
+    def fails(*arguments: Any) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="out of memory"):
+        broken.setattr(Source, "lay_over", fails)
+        second[0].wait(1)
+    assert torch.equal(second[0].wait(1)["engram"], bank.read(tokens).wait(1)["engram"])
 
 
 def test_a_closed_step_holds_no_embeddings(make_bank: Make) -> None:

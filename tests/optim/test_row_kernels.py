@@ -111,8 +111,8 @@ def test_corrections_of_old_and_young_rows(kind: Make) -> None:
 
 def test_a_second_step_is_refused_and_others_take_the_long_way() -> None:
     class Plain(RowwiseAdam):
-        def update_records(self, rows: Tensor, grad: Tensor, state: DecodedRows, group: dict[str, Any]) -> bool:
-            return False
+        def update(self, rows: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+            super().update(rows, grad, state, group)
 
     results = []
     for kind in (RowwiseAdam, Plain):

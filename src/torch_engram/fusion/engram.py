@@ -113,12 +113,12 @@ class Engram(nn.Module):
     def fuse_triton(
         self, streams: Tensor, keys_value: Tensor, live: Tensor | None = None, doc_start: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`fuse_naive`, in three passes over memory forward and three back, for styles without casts between
-        the norms and the gate."""
+        """As :meth:`fuse_naive`, in two passes over memory forward and five back, for styles without casts between the
+        norms and the gate."""
         from torch_engram.fusion.fused import fuse_triton
 
         style, convolution = self.style, self.convolution
-        if doc_start is None or style.conv_crosses_documents:
+        if doc_start is None:
             age = torch.arange(streams.shape[1], device=streams.device).repeat(len(streams), 1)
         else:
             age = document_age(doc_start)

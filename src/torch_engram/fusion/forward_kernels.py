@@ -45,7 +45,7 @@ def _measure(
         rq = tl.rsqrt(hh / D + gate_eps)
         rk = tl.rsqrt(kk / D + gate_eps)
         s = hk * rq * rk * scale
-        root = tl.sqrt(tl.maximum(tl.abs(s), SMALLEST_SCORE))
+        root = tl.sqrt(tl.maximum(tl.abs(s), SMALLEST_SCORE, propagate_nan=tl.PropagateNan.ALL))
         if not SIGNED_ZERO:
             root = tl.where(s == 0, 0.0, root)
         gate = tl.sigmoid(tl.where(s < 0, -root, root))

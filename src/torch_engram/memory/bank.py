@@ -122,6 +122,8 @@ class MemoryBank:
         lookups = self._worker.submit(self._lookups, batches, before)
         if any(batch.history is not None for batch in batches):
             wait([lookups])  # a history is told of its tokens before the caller goes on and, say, crops it
+            if self._stream is not None:
+                torch.cuda.current_stream(self.device).wait_stream(self._stream)
         fetches = {
             layer: self._worker.submit(self._prepare, layer, tables, lookups, batches) for layer, tables in rows.items()
         }
@@ -184,9 +186,10 @@ class MemoryBank:
             raise ValueError(
                 "Another step was applied after this one read its rows: apply each step before the next one is read."
             )
-        self.optimizer.step()
-        for touched in rows:
-            touched.write()
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            self.optimizer.step()
+            for touched in rows:
+                touched.write()
         self._unbind(rows)
 
     def _holds(self, rows: Sequence[TouchedRows]) -> bool:

@@ -44,10 +44,10 @@ class PreparedLayer:
     def ready(self) -> None:
         """Lay over what was written since the fetch, the first time, and let the current stream wait for it."""
         if not self._is_current:
-            self._is_current = True
             with torch.cuda.stream(self._aside):  # it waits for the writes, so they are seen whole
                 if self._catch_up() and self._aside is not None:
                     self._done = self._aside.record_event()
+            self._is_current = True  # only now: a patch that failed is tried again, and never passed over
         self.use()
 
     def _catch_up(self) -> bool:

@@ -82,8 +82,8 @@ class Source:
             return
         assert isinstance(self.store, WritableStore)
         records = rows.encode()
-        self.newest = self.store.write(rows.row_keys, records)
         done = torch.cuda.current_stream(records.device).record_event() if records.is_cuda else None
+        self.newest = self.store.write(rows.row_keys, records)
         self._writes.append(_Write(self.newest, space, rows.row_keys, records, done))
         seen = min([self.store.acknowledged, *self._readers])
         self._writes = [write for write in self._writes if write.epoch > seen]

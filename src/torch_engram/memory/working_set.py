@@ -207,8 +207,13 @@ class WorkingSet:
             for rows in layer:
                 rows.release()
         for fetch in self._fetches.values():
-            if fetch.done() and fetch.exception() is None:
-                fetch.result().release()
+            if not fetch.cancel():  # it is done or under way
+                fetch.add_done_callback(_release)
 
     def __del__(self) -> None:
         self._close()
+
+
+def _release(fetch: Future[PreparedLayer]) -> None:
+    if not fetch.cancelled() and fetch.exception() is None:
+        fetch.result().release()

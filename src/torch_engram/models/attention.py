@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,12 +19,6 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch_engram.models.config import DecoderConfig
 from torch_engram.models.layout import Layout
 
-_FASTEST_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,  # half the time of flash attention on an H100, though never deterministic (dev/LOG.md)
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 _SMALL_TILES = {
     **{"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3},
     **{"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32},
@@ -124,16 +119,25 @@ class Attention(nn.Module):
             # FlexAttention is fast only when compiled; in a block that is being compiled it already is.
             compiling = torch.compiler.is_compiling()
             flex: Any = flex_attention if compiling else _compiled_flex_attention()
-            options = _SMALL_TILES if self.head_dim <= 64 and query.shape[2] >= 128 else None
+            narrow = self.head_dim <= 64 and query.element_size() == 2 and query.shape[2] >= 128
+            options = _SMALL_TILES if narrow else None
             attended = flex(query, key, value, block_mask=layout.block_mask, enable_gqa=grouped, kernel_options=options)
             assert isinstance(attended, Tensor)
             return attended
         ordered = layout.mask is None and bool(query.shape[2] > 1)  # a lone token sees all keys there are
-        backends = _FASTEST_FIRST[1:] if torch.are_deterministic_algorithms_enabled() else _FASTEST_FIRST
-        with sdpa_kernel(backends, set_priority=True):
+        with _fastest() if query.is_cuda and ordered else nullcontext():
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask=layout.mask, is_causal=ordered, enable_gqa=grouped
             )
+
+
+def _fastest() -> AbstractContextManager[Any]:
+    """In training, cuDNN's attention first: half the time of flash attention on an H100 (docs/speed.md), though never
+    deterministic, and planned anew for every shape, of which decoding has many."""
+    if not torch.is_grad_enabled() or torch.are_deterministic_algorithms_enabled():
+        return nullcontext()
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
 
 
 @functools.cache

@@ -49,7 +49,7 @@ from torch_engram.train.schedule import factor
 
 @dataclass(frozen=True)
 class Progress:
-    """What the loop tells whoever watches it, after every step."""
+    """What the loop tells whoever watches it of every step, on a GPU while the next one runs."""
 
     step: int
     steps: int

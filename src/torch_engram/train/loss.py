@@ -67,9 +67,11 @@ def turn_into_gradient(logits: Tensor, targets: Tensor, bias: Tensor | None, sca
         from torch_engram.train.loss_kernels import turn_into_gradient_triton
 
         return turn_into_gradient_triton(logits, targets, bias, scale)
+    if scale is None:
+        whole = logits.float() if bias is None else logits.float() + bias.float()
+        return F.cross_entropy(whole, targets, ignore_index=IGNORE_INDEX, reduction="none")
     losses, gradient = turn_into_gradient_naive(logits, targets, bias, scale)
-    if scale is not None:
-        logits.copy_(gradient)
+    logits.copy_(gradient)
     return losses
 
 

@@ -136,5 +136,5 @@ def _nesterov(pieces: list[_Piece], momentum: float) -> Iterator[Tensor]:
     """Advance the momenta of pieces of one shape; bf16 ``[count, m, n]``, m <= n, that shall be orthogonalised."""
     grads, momenta = [piece.grad for piece in pieces], [piece.momentum for piece in pieces]
     torch._foreach_lerp_(momenta, grads, 1 - momentum)
-    stacked = torch.cat(torch._foreach_lerp(grads, momenta, momentum)).bfloat16()
+    stacked = torch.cat([part.bfloat16() for part in torch._foreach_lerp(grads, momenta, momentum)])
     yield stacked.mT if pieces[0].tall else stacked
