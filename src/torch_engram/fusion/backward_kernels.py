@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from torch_engram.fusion.forward_kernels import SMALLEST_SCORE, convolve, seen_values, tap_weights, values
+from torch_engram.fusion.forward_kernels import SMALLEST_SCORE, convolve, place_of, seen_values, tap_weights, values
 
 
 @triton.jit
@@ -31,10 +31,7 @@ def _convolution_slopes(
 ):  # fmt: skip
     """The slopes dz of a block of tokens and a chunk of channels of one branch, and sum over tokens of dz * r * v
     ``[blocks, TAPS, M, D]``, from which the gradients of both parameters of the convolution follow."""
-    branch = tl.program_id(0) % M
-    chunks = tl.cdiv(D, CHUNK)
-    channel = tl.program_id(0) // M % chunks * CHUNK + tl.arange(0, CHUNK)
-    block = (tl.program_id(0) // (M * chunks)).to(tl.int64)
+    branch, channel, block = place_of(M, D, CHUNK)
     value = keys_value + M * D
     weights = tap_weights(kernel, branch, channel, M, D, TAPS)
     totals = ()
@@ -144,10 +141,7 @@ def _key_gradients(
 ):  # fmt: skip
     """The slopes dh and dk of a block of tokens and a chunk of channels of one branch, and sum over tokens of A * h * k
     ``[blocks, M, D]``."""
-    branch = tl.program_id(0) % M
-    chunks = tl.cdiv(D, CHUNK)
-    channel = tl.program_id(0) // M % chunks * CHUNK + tl.arange(0, CHUNK)
-    block = (tl.program_id(0) // (M * chunks)).to(tl.int64)
+    branch, channel, block = place_of(M, D, CHUNK)
     w = tl.load(weight + branch * D + channel, mask=channel < D, other=0.0)[None]
     total = tl.zeros([TOKENS, CHUNK], tl.float32)
     for first in range(0, BLOCK, TOKENS):

@@ -104,16 +104,22 @@ def convolve(seen, weights, TAPS: tl.constexpr):
 
 
 @triton.jit
+def place_of(M: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr):
+    """The branch, the channels and the block of tokens of a program; those of one block run side by side."""
+    program = tl.program_id(0)
+    chunks = tl.cdiv(D, CHUNK)
+    channel = program // M % chunks * CHUNK + tl.arange(0, CHUNK)
+    return program % M, channel, (program // (M * chunks)).to(tl.int64)
+
+
+@triton.jit
 def _add(
     streams, keys_value, alpha, value_scale, kernel, age, out, tokens, dilation,
     M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr,
     BLOCK: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Streams h + alpha * v + SiLU(z) of a block of tokens and a chunk of channels of one branch."""
-    branch = tl.program_id(0) % M
-    chunks = tl.cdiv(D, CHUNK)
-    channel = tl.program_id(0) // M % chunks * CHUNK + tl.arange(0, CHUNK)
-    block = (tl.program_id(0) // (M * chunks)).to(tl.int64)
+    branch, channel, block = place_of(M, D, CHUNK)
     value = keys_value + M * D
     weights = tap_weights(kernel, branch, channel, M, D, TAPS)
     for first in range(0, BLOCK, TOKENS):

@@ -1,7 +1,8 @@
 """The fusion after its matrix product as one operator for autograd and ``torch.compile``, on a GPU.
 
-``fuse_triton`` is the twin of :func:`torch_engram.fusion.engram.fuse_naive`. Between forward and backward it keeps its
-inputs and four fp32 numbers a token and branch; nothing of the streams' size besides.
+``fuse_triton`` is the twin of :meth:`torch_engram.fusion.Engram.fuse_naive`, but for one rounding: what the convolution
+reads stays fp32 and is not rounded to the streams' type first. Between forward and backward it keeps its inputs and
+six fp32 numbers a token and branch; nothing of the streams' size besides.
 Shapes: B batch, T tokens, n = B * T, M branches, d hidden, k taps.
 """
 
