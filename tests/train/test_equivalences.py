@@ -102,24 +102,6 @@ def test_bf16_trains_with_fp32_weights(make_trainer):
     assert {bank.dtype for bank in trainer.banks.values()} == {torch.bfloat16}
 
 
-def test_compiled_blocks_learn_the_same(make_trainer):
-    pytest.importorskip("torch._inductor")
-    from torch._inductor import cpp_builder
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except Exception as error:
-        pytest.skip(f"no C++ compiler: {error}")
-    base = make_trainer().recipe.model
-    one_layer = replace(base, layers=1, engrams={"engram": replace(base.engrams["engram"], layers=(0,))})
-    settings = dict(model=one_layer, accumulation=1, steps=3)
-    losses: dict[bool, list[float]] = {}
-    for compiled in (False, True):
-        trainer = make_trainer(name=f"compile-{compiled}", compile=compiled, **settings)
-        losses[compiled] = [float(trainer.train_step()[0]) for _ in range(3)]
-    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
-
-
 def test_the_seed_decides_everything(make_trainer, state_of, assert_same):
     one, same, other = make_trainer(name="a"), make_trainer(name="b"), make_trainer(name="c", seed=1)
     for trainer in (one, same, other):

@@ -36,11 +36,12 @@ def test_kernel_equals_its_twin(shape: tuple[int, int], dtype: torch.dtype, padd
     logits = (3 * torch.randn(shape)).to(KERNELS, dtype)
     targets = targets_of(tokens, real).to(KERNELS)
     bias = pad_bias(vocab, real).to(KERNELS) if padded else None
-    losses, gradient = turn_into_gradient_naive(logits, targets, bias, 0.25)
+    scale = torch.tensor(0.25, device=KERNELS)
+    losses, gradient = turn_into_gradient_naive(logits, targets, bias, scale)
     kept = logits.clone()
     torch.testing.assert_close(turn_into_gradient_triton(kept, targets, bias, None), losses, rtol=1e-5, atol=1e-5)
     assert torch.equal(kept, logits)
-    torch.testing.assert_close(turn_into_gradient_triton(kept, targets, bias, 0.25), losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(turn_into_gradient_triton(kept, targets, bias, scale), losses, rtol=1e-5, atol=1e-5)
     slack = dict(rtol=1e-4, atol=1e-7) if dtype == torch.float32 else dict(rtol=2**-7, atol=1e-7)
     torch.testing.assert_close(kept, gradient, **slack)
     if padded:
@@ -50,7 +51,7 @@ def test_kernel_equals_its_twin(shape: tuple[int, int], dtype: torch.dtype, padd
 def test_hopeless_logits_stay_finite() -> None:
     logits = torch.tensor([[3e4, -3e4, 0.0], [-3e4, -3e4, -3e4]], device=KERNELS)
     targets = torch.tensor([1, 2], device=KERNELS)
-    losses = turn_into_gradient_triton(logits, targets, None, 1.0)
+    losses = turn_into_gradient_triton(logits, targets, None, torch.ones((), device=KERNELS))
     torch.testing.assert_close(losses.cpu(), torch.tensor([6e4, torch.tensor(3.0).log()]))
     torch.testing.assert_close(logits.cpu(), torch.tensor([[1.0, -1.0, 0.0], [1 / 3, 1 / 3, -2 / 3]]))
 
@@ -72,7 +73,7 @@ def test_chunks_equal_the_whole(
     targets = targets_of(22, 30).view(2, 11).to(device)
     bias = pad_bias(37, 30).to(device) if padded else None
     results = []
-    for function, divisor in ((head_loss_naive, ()), (head_loss, (14.0,))):
+    for function, divisor in ((head_loss_naive, ()), (head_loss, (torch.tensor(14.0, device=device),))):
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             loss = function(hidden, weight, targets, bias, *divisor)
         assert loss.dtype == torch.float32

@@ -166,6 +166,10 @@ class MemoryBank:
     def _side_stream(self) -> torch.cuda.StreamContext | nullcontext[None]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
+    def settle(self) -> None:
+        """Return when the prefetch thread has nothing left to enqueue, so that it leaves the device alone."""
+        self._worker.submit(int).result()  # it does one thing after the other
+
     # -- writing --------------------------------------------------------------------------------------------------
 
     def _bind(self, rows: Sequence[TouchedRows]) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch_engram.memory import MemoryBank
 from torch_engram.models import Decoder, DecoderConfig
 from torch_engram.optim import ROW_OPTIMIZERS
 from torch_engram.train.muon import Muon
+from torch_engram.train.network_pass import CapturedPass, NetworkPass
 from torch_engram.train.recipe import DEVICES, Recipe
 
 _MATRICES = ("qkv", "out", "gate_up", "down", "wkv")
@@ -55,6 +56,17 @@ def require_compiler() -> None:
     named = os.environ.get("CXX")
     if not any(map(shutil.which, [named] if named else ["g++", "clang++", "c++", "cl"])):
         raise ValueError("compile=true needs a C++ compiler, such as g++: install one, or set compile=false.")
+
+
+def require_capture(recipe: Recipe) -> None:
+    """Raises ``ValueError`` when what the recipe trains cannot be captured in a CUDA graph."""
+    if recipe.device != "cuda":
+        raise ValueError("capture=true needs a GPU, for its graphs are CUDA's: set device=cuda, or capture=false.")
+    if recipe.model.moe is not None and recipe.dtype != "bf16":
+        raise ValueError(
+            "capture=true with experts needs dtype=bf16: in fp32 PyTorch's grouped products read their sizes on the "
+            "host, which no graph can; set dtype=bf16, or capture=false."
+        )
 
 
 def build_text(recipe: Recipe) -> Text:
@@ -124,6 +136,15 @@ def build_banks(recipe: Recipe, model: DecoderConfig, vocab: CanonicalVocab) -> 
         )
         for name, engram in model.engrams.items()
     }
+
+
+def build_pass(recipe: Recipe, decoder: Decoder, banks: Mapping[str, MemoryBank]) -> NetworkPass:
+    """What takes a micro-batch forward and backward."""
+    # Only attention that is given a mask has deterministic kernels.
+    kind = {"mixed": recipe.dtype == "bf16", "masked": recipe.deterministic}
+    if recipe.capture:
+        return CapturedPass(decoder, banks, recipe.batch_size, recipe.seq_len, **kind)
+    return NetworkPass(decoder, **kind)
 
 
 def build_optimizers(recipe: Recipe, decoder: Decoder) -> list[torch.optim.Optimizer]:

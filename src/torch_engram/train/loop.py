@@ -18,15 +18,17 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from torch_engram.data import IGNORE_INDEX, Batch, PackedBatches, TokenFile
-from torch_engram.memory import Tokens, WorkingSet, join
+from torch_engram.memory import Tokens, WorkingSet
 from torch_engram.models.accounting import Account, account
 from torch_engram.train.build import (
     Text,
     build_banks,
     build_decoder,
     build_optimizers,
+    build_pass,
     build_text,
     fit_to_text,
+    require_capture,
     require_compiler,
     require_device,
 )
@@ -40,7 +42,6 @@ from torch_engram.train.checkpoint import (
 )
 from torch_engram.train.evaluate import Score, evaluate
 from torch_engram.train.guards import deterministic_kernels, interruptible, only_run
-from torch_engram.train.loss import head_loss
 from torch_engram.train.metrics import Metrics
 from torch_engram.train.readout import Reading, Readout
 from torch_engram.train.recipe import Recipe, differences
@@ -88,6 +89,8 @@ class Trainer:
         require_device(recipe.device)
         if recipe.compile:
             require_compiler()
+        if recipe.capture:
+            require_capture(recipe)
         self.recipe = recipe
         self.folder = Path(recipe.out) / recipe.name
         self.text = text if text is not None else build_text(recipe)
@@ -101,6 +104,7 @@ class Trainer:
         self._start_at_zero_or_resume(resume_run)
         if recipe.compile:
             self.decoder.compile_blocks(dynamic=False)  # a step's shapes never change
+        self._pass = build_pass(recipe, self.decoder, self.banks)
         self._ahead: deque[_Prepared] = deque()
         self._drawn = self.step
         self._stop = False
@@ -173,30 +177,20 @@ class Trainer:
         """Train one step; returns its mean loss and the norm of all gradients, scalars still on the device."""
         prepared = self._next()
         targets = max(1, sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in prepared.batches))
-        total = torch.zeros((), device=self.recipe.device)
-        for number, batch in enumerate(prepared.batches):
-            memory = join(*(rows[number] for rows in prepared.rows.values())) if prepared.rows else None
-            # Whole sequences of one document need no mask, but only attention with one has deterministic kernels.
-            masked = self.recipe.deterministic or bool(batch.doc_start[:, 1:].any())
-            batch = batch.to(self.recipe.device)
-            with torch.autocast(self.recipe.device, torch.bfloat16, enabled=self.recipe.dtype == "bf16"):
-                doc_start = batch.doc_start if masked else None
-                hidden = self.decoder(batch.tokens, memory, doc_start=doc_start, return_hidden=True)
-                loss = head_loss(hidden, self.decoder.head.weight, batch.targets, self.decoder.pad_bias, targets)
-            loss.backward()
-            total += loss.detach()
+        divisor = torch.full((), float(targets), device=self.recipe.device)
+        losses = [self._pass(batch, prepared.rows, micro, divisor) for micro, batch in enumerate(prepared.batches)]
         for rows in prepared.rows.values():
             rows.reduce()
         norm = self._clip()
         for optimizer in self.optimizers:
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=not self.recipe.capture)  # a graph adds to the same tensors every time
         for rows in prepared.rows.values():
             rows.apply()
         for scheduler in self._schedulers:
             scheduler.step()
         self._balance = self.decoder.update_balance(self.recipe.balance_rate)
-        return total, norm
+        return torch.stack(losses).sum(), norm
 
     def _next(self) -> _Prepared:
         """The coming step's batches and rows, keeping ``table.prefetch`` further steps under way."""

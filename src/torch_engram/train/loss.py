@@ -27,14 +27,16 @@ def head_loss_naive(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tenso
 
 
 def head_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, divisor: float = 1.0
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, divisor: Tensor | None = None
 ) -> Tensor:
     """Sum of all tokens' cross-entropies over ``divisor``: an fp32 scalar with gradients for ``hidden`` and ``weight``.
 
     ``hidden`` is ``[..., d]``, ``weight`` ``[V, d]``, ``targets`` int64 ``[...]``, IGNORE_INDEX where there is none,
-    and ``bias`` ``[V]`` a constant that is added to the logits. Products have autocast's type, sums and the weight's
-    gradient are fp32. The gradients are computed on the way there; the way back only scales them.
+    and ``bias`` ``[V]`` a constant that is added to the logits. ``divisor`` is an fp32 scalar beside them, so that a
+    captured graph reads each step's own; None is 1. Products have autocast's type, sums and the weight's gradient are
+    fp32. The gradients are computed on the way there; the way back only scales them.
     """
+    divisor = torch.ones((), device=hidden.device) if divisor is None else divisor
     loss: Tensor = _HeadLoss.apply(hidden.flatten(0, -2), weight, targets.flatten(), bias, divisor)
     return loss
 
@@ -50,7 +52,7 @@ def head_losses(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | 
 
 
 def turn_into_gradient_naive(
-    logits: Tensor, targets: Tensor, bias: Tensor | None, scale: float | None
+    logits: Tensor, targets: Tensor, bias: Tensor | None, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropies fp32 ``[n]``, and ``scale`` times their gradients ``[n, V]``, of logits ``[n, V]`` + bias."""
     whole = logits.float() if bias is None else logits.float() + bias.float()
@@ -58,11 +60,12 @@ def turn_into_gradient_naive(
     gradient = whole.softmax(-1)
     wanted = targets != IGNORE_INDEX
     gradient[torch.arange(len(targets), device=targets.device), torch.where(wanted, targets, 0)] -= 1
-    return losses, (gradient * (wanted * (scale or 0.0))[:, None]).to(logits.dtype)
+    return losses, (gradient * (wanted * scale)[:, None]).to(logits.dtype)
 
 
-def turn_into_gradient(logits: Tensor, targets: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
-    """The cross-entropies; ``logits`` become ``scale`` times their gradients, or stay as they are without a scale."""
+def turn_into_gradient(logits: Tensor, targets: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    """The cross-entropies; ``logits`` become ``scale`` (a scalar) times their gradients, or stay as they are without
+    one."""
     if logits.is_cuda:
         from torch_engram.train.loss_kernels import turn_into_gradient_triton
 
@@ -88,7 +91,7 @@ def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Ten
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, divisor: float
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, divisor: Tensor
     ) -> Tensor:
         narrow = as_autocast(hidden)
         learns = any(ctx.needs_input_grad[:2])
@@ -98,7 +101,7 @@ class _HeadLoss(torch.autograd.Function):
             grad_weight = torch.zeros(weight.shape, device=weight.device)
             narrow_weight = weight.to(narrow.dtype)
         for part, states, logits in _chunks(narrow, weight):
-            losses[part] = turn_into_gradient(logits, targets[part], bias, 1.0 / divisor if learns else None)
+            losses[part] = turn_into_gradient(logits, targets[part], bias, 1 / divisor if learns else None)
             if learns:
                 with torch.autocast(hidden.device.type, enabled=False):
                     torch.mm(logits, narrow_weight, out=grad_hidden[part])

@@ -12,15 +12,16 @@ from torch_engram.data import IGNORE_INDEX
 _COLUMNS = 4096
 
 
-def turn_into_gradient_triton(logits: Tensor, targets: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
+def turn_into_gradient_triton(logits: Tensor, targets: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
     """Cross-entropies fp32 ``[n]`` of contiguous ``logits`` ``[n, V]`` and int64 ``targets`` ``[n]``.
 
-    With a ``scale`` the logits become that many times their gradients; ``bias`` is fp32 ``[V]``.
+    With a ``scale``, an fp32 scalar, the logits become that many times their gradients; ``bias`` is fp32 ``[V]``.
     """
     rows, width = logits.shape
     losses = logits.new_empty(rows, dtype=torch.float32)
     _turn[(rows,)](
-        logits, targets.contiguous(), logits if bias is None else bias.float(), losses, width, scale or 0.0,
+        logits, targets.contiguous(), logits if bias is None else bias.float(), losses,
+        losses if scale is None else scale, width,
         NOBODY=IGNORE_INDEX, BIAS=bias is not None, TURN=scale is not None,
         COLUMNS=min(_COLUMNS, triton.next_power_of_2(width)), num_warps=8,
     )  # fmt: skip
@@ -29,7 +30,7 @@ def turn_into_gradient_triton(logits: Tensor, targets: Tensor, bias: Tensor | No
 
 @triton.jit
 def _turn(
-    logits, targets, bias, losses, width, scale,
+    logits, targets, bias, losses, scale, width,
     NOBODY: tl.constexpr, BIAS: tl.constexpr, TURN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -51,7 +52,7 @@ def _turn(
         top = higher
     tl.store(losses + row, tl.where(wanted, (top - own) + tl.log(total), 0.0))
     if TURN:
-        factor = tl.where(wanted, scale, 0.0)
+        factor = tl.where(wanted, tl.load(scale), 0.0)
         for start in range(0, width, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             x = tl.load(line + column, mask=column < width, other=float("-inf")).to(tl.float32)

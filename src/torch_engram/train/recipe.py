@@ -113,6 +113,8 @@ class Recipe:
     """Compile the blocks."""
     recompute: bool = False
     """Run blocks again in the backward instead of keeping their activations."""
+    capture: bool = False
+    """Replay forward and backward from a CUDA graph, so that the host launches one thing and not thousands."""
     deterministic: bool = False
     """Only deterministic kernels, so that a GPU run repeats bit for bit (CPU runs always do)."""
     seed: int = 0
@@ -177,8 +179,9 @@ class Recipe:
 
 
 _FREE_TO_CHANGE = {
-    "name", "data", "text_field", "tokenizer", "out", "cache", "steps", "model", "device", "compile", "recompute",
-    "deterministic", "log_every", "eval_every", "eval_batches", "save_every", "keep", "tracker",
+    "name", "data", "text_field", "tokenizer", "out", "cache", "steps", "model", "device",
+    "compile", "recompute", "capture", "deterministic",
+    "log_every", "eval_every", "eval_batches", "save_every", "keep", "tracker",
     "table.placement", "table.prefetch",
     "seq_len", "batch_size", "accumulation", "seed", "validation_share",
 }  # fmt: skip
