@@ -75,7 +75,7 @@ def test_a_capture_changes_no_bit(make_trainer, state_of, assert_same, lines_of,
 @pytest.mark.gpu
 def test_batches_with_and_without_a_mask_have_a_graph_each(make_trainer, state_of):
     trainers = [
-        make_trainer(name=f"mixed-{on}", capture=on, device="cuda", dtype="bf16", batch_size=1, seq_len=8, steps=40)
+        make_trainer(name=f"mixed-{on}", capture=on, device="cuda", dtype="bf16", batch_size=1, seq_len=16, steps=40)
         for on in (False, True)
     ]
     losses = [[float(trainer.train_step()[0]) for _ in range(40)] for trainer in trainers]

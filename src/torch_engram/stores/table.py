@@ -40,10 +40,19 @@ class RecordTable:
 
     def gather(self, keys: Tensor) -> Tensor:
         """Records uint8 ``[U, nbytes]`` of keys ``[U]``, both on the table's device."""
+        if keys.is_cuda:
+            from torch_engram.stores.table_kernels import gather_triton
+
+            return gather_triton(self._words, self._bases, keys).view(torch.uint8)
         return self._words.index_select(0, self.index(keys)).view(torch.uint8)
 
     def scatter(self, keys: Tensor, records: Tensor) -> None:
         """Replace the records of distinct keys."""
+        if keys.is_cuda:
+            from torch_engram.stores.table_kernels import scatter_triton
+
+            scatter_triton(self._words, self._bases, keys, records.view(torch.int64), self._changed)
+            return
         index = self.index(keys)
         self._changed.index_fill_(0, index, 1)
         self._words.index_copy_(0, index, records.view(torch.int64))
