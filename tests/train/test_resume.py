@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
+
+from torch_engram.train import open_checkpoint
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
@@ -106,6 +109,7 @@ def test_resuming_where_nothing_is_saved_is_refused(make_trainer):
         ),
         (dict(clip=0.5), r"clip=\d\.\d, not 0\.5"),
         (dict(dtype="bf16"), "dtype=fp32, not bf16"),
+        (dict(fp8=True), "fp8=False, not True: resume with --set fp8=False"),
         (dict(schedule="step"), "schedule=.*, not step"),
         (dict(steps=1), "step-00000002 is past steps=1: resume with 2 or more"),
     ],
@@ -120,6 +124,29 @@ def test_what_does_not_change_the_run_may_change(make_trainer):
     make_trainer(steps=2).run()
     more = dict(steps=3, log_every=2, keep=5, table={"placement": "host", "prefetch": 2})
     assert make_trainer(resume_run=True, **more).run().step == 3
+
+
+def test_what_an_older_checkpoint_does_not_name_had_its_default(make_trainer):
+    facts = make_trainer(steps=2).run().checkpoint / "checkpoint.json"
+    content = json.loads(facts.read_text())
+    del content["recipe"]["fp8"]
+    facts.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="fp8=False, not True"):
+        make_trainer(resume_run=True, fp8=True)
+    assert make_trainer(steps=3, resume_run=True).run().step == 3
+
+
+def test_a_run_in_fp8_resumes_bit_for_bit(make_trainer, run_steps, state_of, assert_same):
+    whole = make_trainer(name="whole", fp8=True)
+    assert whole.decoder.fp8
+    whole.run()
+    run_steps(make_trainer(fp8=True), 3)
+    resumed = make_trainer(fp8=True, resume_run=True)
+    resumed.run()
+    assert_same(state_of(resumed), state_of(whole))
+    opened = open_checkpoint(resumed.folder).decoder  # nothing of it is in the weights
+    assert not opened.fp8
+    opened.fp8 = True
 
 
 def test_resuming_with_another_model_is_refused(make_trainer, base_recipe):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from torch_engram.config import EngramConfig
 from torch_engram.fusion.convolution import ShortConvolution, document_age
+from torch_engram.fusion.fp8 import fp8_linear
 from torch_engram.fusion.gate import gate
 from torch_engram.fusion.styles import STYLES
 from torch_engram.window import Window
@@ -27,14 +28,17 @@ class EngramState(Window):
 class Engram(nn.Module):
     """Adds gated memory to the residual streams, at a block's entry.
 
+    ``fp8`` computes ``[W_K | W_V] e`` and its gradients in FP8 (:func:`torch_engram.fusion.fp8.fp8_linear`). It changes
+    no parameter, and may be set at any time.
+
     >>> engram = Engram(EngramConfig(layers=(1,), hidden=64, vocab_size=1000, heads=2, row_dim=16))
     >>> engram(torch.randn(2, 5, 1, 64), torch.randn(2, 5, 64)).shape
     torch.Size([2, 5, 1, 64])
     """
 
-    def __init__(self, config: EngramConfig):
+    def __init__(self, config: EngramConfig, *, fp8: bool = False):
         super().__init__()
-        self.config = config
+        self.config, self.fp8 = config, fp8
         self.style = STYLES[config.fusion]
         branches, hidden = config.branches, config.hidden
         self.wkv = nn.Linear(config.embedding_dim, (branches + 1) * hidden, bias=config.bias)  # M keys, then the value
@@ -83,7 +87,8 @@ class Engram(nn.Module):
         self._check(streams, embeddings)
         if not torch.is_autocast_enabled(embeddings.device.type):  # which would choose the type itself
             embeddings = embeddings.to(self.wkv.weight.dtype)
-        keys_value = self.wkv(embeddings)
+        wkv = self.wkv
+        keys_value = fp8_linear(embeddings, wkv.weight, wkv.bias) if self.fp8 else wkv(embeddings)
         if streams.is_cuda and state is None and not self.style.casts_after_norms:
             streams, alpha = self.fuse_triton(streams, keys_value, live, doc_start)
         else:

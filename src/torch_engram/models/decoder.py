@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from torch_engram.fusion import Engram, require_fp8
 from torch_engram.models.block import Block, BlockState
 from torch_engram.models.config import DecoderConfig
 from torch_engram.models.layout import SequenceState, find_places, lay_out
@@ -75,11 +76,12 @@ class Decoder(nn.Module):
     """A decoder-only language model with any number of named memories.
 
     ``recompute`` saves activation memory: blocks are run again in the backward pass, with identical gradients.
+    ``fp8`` computes the Engrams' matrix products in FP8, as the property of that name does.
     """
 
     pad_bias: Tensor | None
 
-    def __init__(self, config: DecoderConfig, *, recompute: bool = False):
+    def __init__(self, config: DecoderConfig, *, recompute: bool = False, fp8: bool = False):
         super().__init__()
         self.config, self.recompute = config, recompute
         self.embedding = nn.Embedding(config.vocab_size, config.hidden)
@@ -96,6 +98,22 @@ class Decoder(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+        self.fp8 = fp8
+
+    @property
+    def fp8(self) -> bool:
+        """Whether the Engrams multiply in FP8; to be set at any time, for it changes no parameter. Raises
+        ``ValueError`` on a GPU without FP8."""
+        return self._fp8
+
+    @fp8.setter
+    def fp8(self, fp8: bool) -> None:
+        if fp8:
+            require_fp8(self.embedding.weight.device)
+        self._fp8 = fp8
+        for module in self.modules():
+            if isinstance(module, Engram):
+                module.fp8 = fp8
 
     def forward(
         self,

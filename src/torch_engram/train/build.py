@@ -20,6 +20,7 @@ from torch_engram.config import EngramConfig
 from torch_engram.data import TokenFiles, load_tokenizer, open_corpus, tokenize_corpus, train_bpe
 from torch_engram.data.corpora import Corpus
 from torch_engram.durable import replacing
+from torch_engram.fusion import require_fp8
 from torch_engram.memory import MemoryBank
 from torch_engram.models import Decoder, DecoderConfig
 from torch_engram.optim import ROW_OPTIMIZERS
@@ -56,6 +57,17 @@ def require_compiler() -> None:
     named = os.environ.get("CXX")
     if not any(map(shutil.which, [named] if named else ["g++", "clang++", "c++", "cl"])):
         raise ValueError("compile=true needs a C++ compiler, such as g++: install one, or set compile=false.")
+
+
+def require_machine(recipe: Recipe) -> None:
+    """Raises ``ValueError`` when this machine does not have what the recipe asks for."""
+    require_device(recipe.device)
+    if recipe.compile:
+        require_compiler()
+    if recipe.capture:
+        require_capture(recipe)
+    if recipe.fp8:
+        require_fp8(recipe.device)
 
 
 def require_capture(recipe: Recipe) -> None:
@@ -116,7 +128,7 @@ def fit_to_text(model: DecoderConfig, tokenizer: Tokenizer, vocab: CanonicalVoca
 def build_decoder(recipe: Recipe, model: DecoderConfig) -> Decoder:
     """A decoder on the recipe's device, its weights drawn from the recipe's seed."""
     torch.manual_seed(recipe.seed)
-    return Decoder(model, recompute=recipe.recompute).to(recipe.device)
+    return Decoder(model, recompute=recipe.recompute, fp8=recipe.fp8).to(recipe.device)
 
 
 def build_banks(recipe: Recipe, model: DecoderConfig, vocab: CanonicalVocab) -> dict[str, MemoryBank]:

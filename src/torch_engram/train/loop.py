@@ -28,9 +28,7 @@ from torch_engram.train.build import (
     build_pass,
     build_text,
     fit_to_text,
-    require_capture,
-    require_compiler,
-    require_device,
+    require_machine,
 )
 from torch_engram.train.checkpoint import (
     checkpoint_path,
@@ -86,11 +84,7 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, *, resume_run: bool = False, text: Text | None = None):
-        require_device(recipe.device)
-        if recipe.compile:
-            require_compiler()
-        if recipe.capture:
-            require_capture(recipe)
+        require_machine(recipe)
         self.recipe = recipe
         self.folder = Path(recipe.out) / recipe.name
         self.text = text if text is not None else build_text(recipe)
@@ -142,7 +136,8 @@ class Trainer:
         facts = read_facts(newest)
         if self.recipe.steps < facts["step"]:
             raise ValueError(f"{newest} is past steps={self.recipe.steps}: resume with {facts['step']} or more.")
-        for key, (saved, mine) in differences(facts["recipe"], self.recipe.to_dict()).items():
+        before = Recipe.from_dict(facts["recipe"]).to_dict()  # what it does not name had its default
+        for key, (saved, mine) in differences(before, self.recipe.to_dict()).items():
             raise ValueError(
                 f"{newest} was trained with {key}={saved}, not {mine}: resume with --set {key}={saved}, or start anew "
                 "under another name=."

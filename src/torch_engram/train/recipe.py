@@ -109,6 +109,8 @@ class Recipe:
     """``cpu`` or ``cuda``."""
     dtype: str = "fp32"
     """``fp32``, or ``bf16`` for mixed precision with fp32 weights."""
+    fp8: bool = False
+    """The memories' matrix products in FP8 with block scales, forward and backward."""
     compile: bool = False
     """Compile the blocks."""
     recompute: bool = False
