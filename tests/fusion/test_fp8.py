@@ -121,7 +121,7 @@ def test_what_is_not_finite_stays_visible(square: bool, value: float) -> None:
         assert not y[:, 130].isfinite().any() and y[:, :128].isfinite().all()
 
 
-SIZES = [(1, 24, 16), (3, 8, 24), (130, 300, 129), (257, 128, 40)]
+SIZES = [(0, 8, 16), (1, 24, 16), (3, 8, 24), (130, 300, 129), (257, 128, 40)]
 
 
 def derivatives(form: Callable[..., Tensor], x: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
@@ -147,7 +147,7 @@ def test_kernels_equal_the_twin(
     for one, other, dtype in zip(mine, twin, (types[0], types[0], types[1]), strict=True):
         assert one.dtype == other.dtype == dtype and one.shape == other.shape
         # fp32: the order of the sums, and on Hopper the 14 bits of a sum of 128; bf16: one rounding.
-        assert off(one, other) < (2**-7 if dtype == torch.bfloat16 else 2e-3 if ON_GPU else 1e-5)
+        assert off(one, other) < (2**-7 if dtype == torch.bfloat16 else 5e-3 if ON_GPU else 1e-5)
 
 
 @pytest.mark.parametrize("size", [(200, 300, 160), (1, 24, 40)])
@@ -233,7 +233,7 @@ def test_traced_whole_and_recomputed(recompute: bool, autocast: bool) -> None:
     eager = torch.autograd.grad(run(streams, embeddings), wanted)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=False)
     for mine, theirs in zip(torch.autograd.grad(compiled(streams, embeddings), wanted), eager, strict=True):
-        assert off(mine, theirs) < (0.03 if autocast else 1e-5)
+        assert off(mine, theirs) < (0.03 if autocast else 1e-4)
     if recompute:
         recompute = False
         plain = torch.autograd.grad(run(streams, embeddings), wanted)
@@ -253,12 +253,12 @@ class Rows:
 def test_a_decoder_learns_as_well_with_it() -> None:
     engram = EngramConfig(layers=(1,), hidden=16, vocab_size=40, heads=2, row_dim=4, rows_per_head=50)
     config = DecoderConfig(vocab_size=40, hidden=16, layers=2, heads=2, ffn_hidden=16, engrams={"engram": engram})
-    tokens = torch.randint(40, (4, 17), device=DEVICE)
+    tokens = torch.randint(40, (4, 17))
     losses = {}
     for option in (False, True):
         torch.manual_seed(2)
-        decoder = Decoder(config, fp8=option).to(DEVICE)
-        table = (torch.randn(40, engram.embedding_dim, device=DEVICE) * 0.5).requires_grad_()
+        decoder = Decoder(config, fp8=option)
+        table = (torch.randn(40, engram.embedding_dim) * 0.5).requires_grad_()
         optimizer = torch.optim.Adam([table, *decoder.parameters()], lr=1e-2)
         losses[option] = []
         for _ in range(30):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from torch_engram.generate import generate
 from torch_engram.train import open_checkpoint
@@ -53,6 +54,26 @@ def test_prefetch_and_placement_change_no_bit(make_trainer, state_of, assert_sam
     plain.run()
     other.run()
     assert_same(state_of(plain), state_of(other))
+
+
+def test_recompute_and_compile_in_fp8_learn_the_same(make_trainer):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a GPU with FP8 products")
+    losses = {False: [], True: []}
+    for changed, found in losses.items():
+        trainer = make_trainer(
+            name=f"run-{changed}",
+            device="cuda",
+            dtype="bf16",
+            steps=30,
+            warmup=3,
+            fp8=True,
+            compile=changed,
+            recompute=changed,
+        )
+        trainer.run(lambda progress, found=found: found.append(progress.loss))
+    assert losses[True][-1] < losses[True][0] - 0.5
+    assert losses[True] == pytest.approx(losses[False], abs=0.2)
 
 
 def test_recompute_changes_no_bit(make_trainer, state_of, assert_same):

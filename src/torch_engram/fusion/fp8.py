@@ -63,8 +63,8 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    y: Tensor = _linear(x.flatten(0, -2).contiguous(), weight.contiguous())
-    y = y.unflatten(0, x.shape[:-1])
+    y: Tensor = _linear(x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous())
+    y = y.view(*x.shape[:-1], len(weight))
     return y if bias is None else y + bias.to(y.dtype)
 
 
