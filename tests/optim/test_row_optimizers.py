@@ -16,24 +16,24 @@ from torch_engram.optim import ROW_OPTIMIZERS, RowAdam, RowOptimizer, RowwiseAda
 Row = dict[str, list[float]]
 
 
-def adam(row: Row, grad: list[float], lr: float, beta1: float, beta2: float, eps: float) -> None:
-    """SPEC section 4, one row, float64."""
+def adam(row: Row, grad: list[float], lr: float, beta1: float, beta2: float, eps: float, decay: float) -> None:
+    """SPEC section 4, one row, float64, and decoupled weight decay."""
     row["count"][0] += 1
     c = row["count"][0]
     for i, g in enumerate(grad):
         row["mean"][i] = beta1 * row["mean"][i] + (1 - beta1) * g
         row["moment"][i] = beta2 * row["moment"][i] + (1 - beta2) * g * g
         m, v = row["mean"][i] / (1 - beta1**c), row["moment"][i] / (1 - beta2**c)
-        row["value"][i] -= lr * m / (math.sqrt(v) + eps)
+        row["value"][i] = (1 - lr * decay) * row["value"][i] - lr * m / (math.sqrt(v) + eps)
 
 
-def rowwise_adam(row: Row, grad: list[float], lr: float, beta2: float, eps: float) -> None:
+def rowwise_adam(row: Row, grad: list[float], lr: float, beta2: float, eps: float, decay: float) -> None:
     row["count"][0] += 1
     mean_square = sum(g * g for g in grad) / len(grad)
     row["moment"][0] = beta2 * row["moment"][0] + (1 - beta2) * mean_square
     v = row["moment"][0] / (1 - beta2 ** row["count"][0])
     for i, g in enumerate(grad):
-        row["value"][i] -= lr * g / (math.sqrt(v) + eps)
+        row["value"][i] = (1 - lr * decay) * row["value"][i] - lr * g / (math.sqrt(v) + eps)
 
 
 def step(optimizer: RowOptimizer, proxy: nn.Parameter, table: dict[str, Tensor], rows: Tensor, grad: Tensor) -> None:
@@ -54,12 +54,22 @@ def new_table(optimizer: RowOptimizer, rows: int, width: int) -> dict[str, Tenso
 betas = st.sampled_from([0.0, 0.5, 0.9, 0.999])
 
 
-@given(st.booleans(), betas, betas, st.sampled_from([1e-8, 1e-3]), st.integers(1, 5), st.data())
+@given(
+    st.booleans(),
+    betas,
+    betas,
+    st.sampled_from([1e-8, 1e-3]),
+    st.sampled_from([0.0, 2.0]),
+    st.integers(1, 5),
+    st.data(),
+)
 def test_equals_the_oracle_with_rows_at_different_counts(
-    full: bool, beta1: float, beta2: float, eps: float, width: int, data: st.DataObject
+    full: bool, beta1: float, beta2: float, eps: float, decay: float, width: int, data: st.DataObject
 ) -> None:
     proxy = nn.Parameter(torch.empty(0, width))
-    optimizer = RowAdam([proxy], 0.05, (beta1, beta2), eps) if full else RowwiseAdam([proxy], 0.05, beta2, eps)
+    optimizer = (
+        RowAdam([proxy], 0.05, (beta1, beta2), eps, decay) if full else RowwiseAdam([proxy], 0.05, beta2, eps, decay)
+    )
     table = new_table(optimizer, 6, width)
     oracle = [{name: plane[r].double().tolist() for name, plane in table.items()} for r in range(6)]
     touched = st.sets(st.integers(0, 5), max_size=6).map(sorted)
@@ -69,9 +79,9 @@ def test_equals_the_oracle_with_rows_at_different_counts(
         step(optimizer, proxy, table, torch.tensor(rows, dtype=torch.int64), grad.clone())
         for row, g in zip(rows, grad.double().tolist(), strict=True):
             if full:
-                adam(oracle[row], g, 0.05, beta1, beta2, eps)
+                adam(oracle[row], g, 0.05, beta1, beta2, eps, decay)
             else:
-                rowwise_adam(oracle[row], g, 0.05, beta2, eps)
+                rowwise_adam(oracle[row], g, 0.05, beta2, eps, decay)
     for name, plane in table.items():
         expected = torch.tensor([row[name] for row in oracle], dtype=torch.float64)
         assert torch.allclose(plane.double(), expected, rtol=3e-4, atol=1e-5), name

@@ -1,4 +1,4 @@
-"""Row optimisers on a GPU in one pass: gradient, moments, count, rounding and encoded record, row by row.
+"""Row optimisers on a GPU in one pass: gradient, moments, count, decay, rounding and encoded record, row by row.
 
 Twins of the ``update`` methods of :class:`~torch_engram.optim.RowAdam` and :class:`~torch_engram.optim.RowwiseAdam`
 followed by :meth:`~torch_engram.stores.RowFormat.encode`. The random bits of stochastic rounding are the same; numbers
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torch_engram.optim.adam import kept
 from torch_engram.stores import DecodedRows
 from torch_engram.stores.counter import seed_term
 from torch_engram.stores.record_kernels import store_value, tile
@@ -28,7 +29,7 @@ def adam_triton(rows: Tensor, grad: Tensor, state: DecodedRows, group: dict[str,
         return
     _adam[_grid(rows)](
         *_places(rows, grad, state), mean, moment, *_strides(rows, state), seed_term(state.format.seed),
-        float(group["lr"]), beta1, 1 - beta1, *_log(beta1), beta2, 1 - beta2, *_log(beta2), group["eps"],
+        float(group["lr"]), kept(group), beta1, 1 - beta1, *_log(beta1), beta2, 1 - beta2, *_log(beta2), group["eps"],
         **_constants(rows, state),
     )  # fmt: skip
 
@@ -41,7 +42,7 @@ def rowwise_adam_triton(rows: Tensor, grad: Tensor, state: DecodedRows, group: d
         return
     _rowwise_adam[_grid(rows)](
         *_places(rows, grad, state), moment, *_strides(rows, state), seed_term(state.format.seed),
-        float(group["lr"]), beta2, 1 - beta2, *_log(beta2), group["eps"],
+        float(group["lr"]), kept(group), beta2, 1 - beta2, *_log(beta2), group["eps"],
         **_constants(rows, state),
     )  # fmt: skip
 
@@ -83,7 +84,7 @@ def _correction(count, log_high, log_low):
 def _adam(
     values, grads, stored, keys, counts, means, moments,
     rows, dim, value_stride, stored_stride, stride, seed_term,
-    lr, beta1, rest1, log1_high, log1_low, beta2, rest2, log2_high, log2_low, eps,
+    lr, kept, beta1, rest1, log1_high, log1_low, beta2, rest2, log2_high, log2_low, eps,
     PLANE: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -99,7 +100,7 @@ def _adam(
     tl.debug_barrier()  # several threads may read a number that one of them writes
     unbiased = mean / _correction(count, log1_high, log1_low)[:, None]
     spread = tl.sqrt(moment / _correction(count, log2_high, log2_low)[:, None])
-    value -= lr * unbiased / (spread + eps)
+    value = kept * value - lr * unbiased / (spread + eps)
     tl.store(counts + row * stride, count, mask=row < rows)
     tl.store(means + place, mean, mask=inside)
     tl.store(moments + place, moment, mask=inside)
@@ -111,7 +112,7 @@ def _adam(
 def _rowwise_adam(
     values, grads, stored, keys, counts, moments,
     rows, dim, value_stride, stored_stride, stride, seed_term,
-    lr, beta2, rest2, log2_high, log2_low, eps,
+    lr, kept, beta2, rest2, log2_high, log2_low, eps,
     PLANE: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -125,7 +126,7 @@ def _rowwise_adam(
     tl.debug_barrier()  # several threads may read a number that one of them writes
     moment = beta2 * old + rest2 * (tl.sum(grad * grad, axis=1) / dim)
     spread = tl.sqrt(moment / _correction(count, log2_high, log2_low))
-    value -= lr * grad / (spread + eps)[:, None]
+    value = kept * value - lr * grad / (spread + eps)[:, None]
     tl.store(counts + row * stride, count, mask=row < rows)
     tl.store(moments + row * stride, moment, mask=row < rows)
     at = row[:, None] * stored_stride + column[None]

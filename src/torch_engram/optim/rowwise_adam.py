@@ -7,19 +7,27 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_engram.optim.adam import correction
+from torch_engram.optim.adam import correction, kept
 from torch_engram.optim.row_optimizer import RowOptimizer
 from torch_engram.stores import DecodedRows, Plane
 
 
 class RowwiseAdam(RowOptimizer):
-    """β1 = 0; v ← β2·v + (1-β2)·mean(g²) over the row; row ← row - lr·g / (sqrt(v/(1-β2^c)) + ε).
+    """β1 = 0; v ← β2·v + (1-β2)·mean(g²) over the row; row ← (1-lr·λ)·row - lr·g / (sqrt(v/(1-β2^c)) + ε),
+    λ being ``weight_decay``: a row decays when it is touched, and only then.
 
     Its state is 8 bytes a row whatever the width.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, beta2: float = 0.999, eps: float = 1e-8):
-        super().__init__(params, {"lr": lr, "beta2": beta2, "eps": eps})
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 1e-3,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(params, {"lr": lr, "beta2": beta2, "eps": eps, "weight_decay": weight_decay})
 
     def planes(self, width: int) -> tuple[Plane, ...]:
         """See :class:`RowOptimizer`."""
@@ -30,7 +38,7 @@ class RowwiseAdam(RowOptimizer):
         moment = state["moment"]
         moment.lerp_(grad.square().mean(dim=1, keepdim=True), 1 - group["beta2"])
         unbiased = moment / correction(group["beta2"], state["count"])
-        rows.addcdiv_(grad, unbiased.sqrt_() + group["eps"], value=-group["lr"])
+        rows.mul_(kept(group)).addcdiv_(grad, unbiased.sqrt_() + group["eps"], value=-group["lr"])
 
     def update_records(self, rows: Tensor, grad: Tensor, state: DecodedRows, group: dict[str, Any]) -> bool:
         """See :class:`RowOptimizer`."""

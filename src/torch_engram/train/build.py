@@ -138,7 +138,7 @@ def build_banks(recipe: Recipe, model: DecoderConfig, vocab: CanonicalVocab) -> 
         name: MemoryBank(
             engram,
             vocab,
-            optimizer=partial(ROW_OPTIMIZERS[table.optimizer], lr=table.lr),
+            optimizer=partial(ROW_OPTIMIZERS[table.optimizer], lr=table.lr, weight_decay=table.weight_decay),
             placement=table.placement,
             codec=table.codec,
             device=recipe.device,

@@ -43,12 +43,14 @@ class Rates:
 
 @dataclass(frozen=True)
 class TableRecipe:
-    """How tables are kept and trained: without weight decay, at their own learning rate."""
+    """How tables are kept and trained, at their own learning rate and without weight decay unless it is set."""
 
     optimizer: str = "adam"
     """``adam`` (two moments a number) or ``rowwise_adam`` (one number a row)."""
     lr: float = 1e-2
     """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled, at the steps that touch a row."""
     placement: str = "device"
     """Where rows live: ``device`` or ``host``."""
     codec: str = "fp32"
@@ -58,7 +60,7 @@ class TableRecipe:
 
     def __post_init__(self) -> None:
         need(self, self.optimizer in ROW_OPTIMIZERS, "optimizer", nearest(self.optimizer, ROW_OPTIMIZERS))
-        for name in ("lr", "prefetch"):
+        for name in ("lr", "weight_decay", "prefetch"):
             need(self, getattr(self, name) >= 0, name, "it must not be negative.")
         require_known(self.codec, self.placement)
 
