@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from torch_engram.models.config import DecoderConfig
 from torch_engram.models.layout import Layout
+from torch_engram.models.rotary import turn
 
 _SMALL_TILES = {
     **{"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3},
@@ -71,12 +72,6 @@ class KVCache:
         self.length, self._room = 0, ()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE (arXiv 2104.09864): pairs (i, i + head_dim / 2) of ``[B, T, heads, head_dim]`` turned by their angles."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
 class Attention(nn.Module):
     """Queries, keys and values are one matrix product; queries and keys are normed per head before they turn."""
 
@@ -100,14 +95,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
         """``[B, T, d]`` from normed hidden states of that shape; a cache is advanced."""
-        turning = self.heads + self.kv_heads
-        qkv = self.qkv(x).unflatten(-1, (turning + self.kv_heads, self.head_dim))
-        turned, value = qkv.split((turning, self.kv_heads), dim=2)
-        scale = torch.cat((self.query_norm.expand(self.heads, -1), self.key_norm.expand(self.kv_heads, -1)))
-        turned = F.rms_norm(turned, (self.head_dim,), eps=self.config.norm_eps) * scale
-        turned = rotate(turned, layout.cos, layout.sin).to(value.dtype).transpose(1, 2)  # [B, heads, T, head_dim]
-        query, key = turned.split((self.heads, self.kv_heads), dim=1)
-        value = value.transpose(1, 2)
+        scales, angles = (self.query_norm, self.key_norm), (layout.cos, layout.sin)
+        query, key, value = turn(self.qkv(x), *scales, *angles, self.heads, self.config.norm_eps)
         if cache is not None:
             key, value = cache.append(key, value)
         out: Tensor = self.out(self._attend(query, key, value, layout).transpose(1, 2).flatten(2))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch_engram.models.config import MoEConfig
 from torch_engram.models.feedforward import SwiGLU
 from torch_engram.models.grouped import as_autocast, grouped_product
+from torch_engram.models.router import choose
 
 
 class _Dispatch(torch.autograd.Function):
@@ -128,10 +129,8 @@ class MoE(nn.Module):
     def route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Chosen experts (int64) and their gates (fp32), ``[n, k]``, for ``[n, d]``."""
         with torch.autocast(rows.device.type, enabled=False):  # near ties must not depend on bf16
-            scores = F.linear(rows.float(), self.router.float()).sigmoid()
-        chosen = (scores.detach() + self.bias).topk(self.config.top_k, dim=-1).indices
-        gates = scores.gather(1, chosen)
-        return chosen, gates / gates.sum(-1, keepdim=True)
+            logits = F.linear(rows.float(), self.router.float())
+        return choose(logits, self.bias, self.config.top_k)
 
     @torch.no_grad()
     def _count(self, chosen: Tensor, live: Tensor | None) -> None:
