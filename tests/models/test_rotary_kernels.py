@@ -129,5 +129,5 @@ def test_traced_whole_and_recomputed(monkeypatch: pytest.MonkeyPatch, autocast: 
     monkeypatch.setattr(module, "turn", turn_fused)
     eager = torch.autograd.grad(run(x), wanted)
     got = torch.autograd.grad(torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=False)(x), wanted)
-    assert all((a - b).norm() <= (2**-6 if autocast else 1e-5) * b.norm() for a, b in zip(eager, plain, strict=True))
-    torch.testing.assert_close(got, eager, rtol=2**-6 if autocast else 1e-4, atol=1e-5)
+    for a, b, c in zip(plain, eager, got, strict=True):
+        assert max((a - b).norm(), (b - c).norm()) <= (2**-6 if autocast else 1e-5) * a.norm()
