@@ -12,6 +12,7 @@ Source: arXiv 2412.19437, section 3.3; that Engram's projections are one such pr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -58,8 +59,9 @@ def require_fp8(device: torch.device | str) -> None:
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As ``F.linear``, its product and those of its gradients in FP8: ``[..., N]`` of the type that it would give.
 
-    ``x`` is ``[..., E]``, ``weight`` ``[N, E]`` of any floating type, ``bias`` ``[N]``. On a GPU by Triton kernels,
-    elsewhere by the same formula in fp32. A number that is not finite makes all sums over its block not finite.
+    ``x`` is ``[..., E]``, ``weight`` ``[N, E]`` of any floating type, ``bias`` ``[N]``. On a GPU by
+    kernels, elsewhere by the same formula in fp32. A number that is not finite makes all sums over its block not
+    finite.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -95,6 +97,18 @@ def product_naive(a: Blocks, b: Blocks, shape: Sequence[int], dtype: torch.dtype
     return (dequantise(a) @ dequantise(b).t())[: shape[0], : shape[1]].to(dtype).contiguous()
 
 
+def product_cublas(a: Blocks, b: Blocks, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """As :func:`product_naive` on a Hopper GPU, rounded to bf16 on the way to ``dtype``; ``a`` has blocks of 1x128."""
+    if not shape[0] or not shape[1]:
+        return a.scales.new_empty(shape, dtype=dtype)
+    lines, squares = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
+    scales, kind = b.scales.t(), lines
+    if b.scales.shape[1] != len(b.codes):  # a column of these scales is read by fours
+        scales, kind = F.pad(scales, (0, -scales.shape[1] % 4)).contiguous().t(), squares
+    product = F.scaled_mm(a.codes, b.codes.t(), a.scales.t(), lines, scales, kind, output_dtype=torch.bfloat16)  # type: ignore[attr-defined]
+    return product[: shape[0], : shape[1]].to(dtype).contiguous()
+
+
 def _on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
@@ -104,7 +118,16 @@ def _forms(x: Tensor) -> tuple[_Quantise, _Multiply]:
         return quantise_naive, product_naive
     from torch_engram.fusion.fp8_kernels import product_triton, quantise_triton
 
-    return quantise_triton, product_triton
+    return quantise_triton, product_cublas if _has_cublas(x.device) else product_triton
+
+
+@functools.cache
+def _has_cublas(device: torch.device) -> bool:
+    """These blocks are known to cuBLAS on Hopper alone, from CUDA 12.9 on."""
+    if device.type != "cuda":
+        return False
+    toolkit = tuple(int(part) for part in (torch.version.cuda or "0").split(".")[:2])
+    return torch.cuda.get_device_capability(device) == (9, 0) and toolkit >= (12, 9)
 
 
 @torch.library.custom_op("torch_engram::fp8_linear", mutates_args=())

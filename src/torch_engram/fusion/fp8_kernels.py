@@ -1,8 +1,9 @@
 """FP8 with block scales on a GPU: quantisation in one pass, and the product of two quantised matrices.
 
 The twins are ``quantise_naive`` and ``product_naive`` in :mod:`torch_engram.fusion.fp8`, which says what blocks are.
-Both operands of a product lie along what is summed over, the only order that Hopper's FP8 tensor cores read; so what
-must be transposed is written transposed when it is quantised. Rows are int64 in addresses.
+The product is for cards whose cuBLAS does not have it: Hopper's is twice as fast (docs/speed.md). Both operands lie
+along what is summed over, the only order that Hopper's FP8 tensor cores read; so what must be transposed is written
+transposed when it is quantised. Rows are int64 in addresses.
 """
 
 from __future__ import annotations
@@ -21,15 +22,23 @@ _LARGEST = tl.constexpr(LARGEST)
 _SMALLEST_MAXIMUM = tl.constexpr((127 - 100) << 23)
 """The bits of ``SMALLEST_MAXIMUM`` in fp32."""
 assert SMALLEST_MAXIMUM == 2.0**-100
-_ROW_TILES = 8
+_WORDS = torch.uint8, torch.float32
+"""What codes and scales are copied as."""
+_ROW_TILES = 16
 """Tiles of rows that share their columns while these are in the L2 cache."""
-_PRODUCT_WARPS, _PRODUCT_STAGES, _QUANTISE_WARPS = 8, 4, 16
+_PRODUCT_WARPS, _PRODUCT_STAGES, _QUANTISE_WARPS = 8, 4, 8
 _CASTS = not triton.knobs.runtime.interpret
 """A GPU rounds when it casts to E4M3; Triton's interpreter does not, so there the codes are made of integers."""
 
 
 def quantise_triton(x: Tensor, *, rows: bool = True, columns: bool = False, square: bool = False) -> list[Blocks]:
     """As :func:`torch_engram.fusion.fp8.quantise_naive`, ``x`` read once and contiguous."""
+    if square and columns:  # blocks of 128x128 are the same in the transposed matrix
+        (blocks,) = quantise_triton(x, square=True)
+        turned = Blocks(
+            *(part.view(kind).t().contiguous().view(part.dtype) for part, kind in zip(blocks, _WORDS, strict=True))
+        )
+        return [blocks, turned] if rows else [turned]
     height, width = (triton.cdiv(size, WIDTH) * WIDTH for size in x.shape)
     wanted = [shape for shape, want in (((height, width), rows), ((width, height), columns)) if want]
     found = [_empty(x, *shape, square) for shape in wanted]
@@ -97,7 +106,7 @@ def _quantise(
     x, codes, scales, codes_t, scales_t, rows, columns, height, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SQUARE: tl.constexpr, CASTS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of 128x128; ``height`` and ``width`` are the padded sizes."""
+    """One tile of 128x128, along rows if ``SQUARE``; ``height`` and ``width`` are the padded sizes."""
     across = width // _TILE
     tile_row, tile_column = tl.program_id(0) // across, tl.program_id(0) % across
     row = tile_row.to(tl.int64) * _TILE + tl.arange(0, _TILE)
@@ -109,14 +118,9 @@ def _quantise(
         scale, factor = _scale(tl.max(tl.max(size, axis=1, keep_dims=True), axis=0, keep_dims=True))
         code = _encode(value * factor, CASTS)
         # All of the tile has one scale: each writes the same number to the same place.
-        if ROWS:
-            at = scales + tile_column * (height // _TILE) + tile_row + tl.zeros([1, 1], tl.int32)
-            tl.store(at, scale)
-            tl.store(codes + row[:, None] * width + column[None], code)
-        if COLUMNS:
-            at = scales_t + tile_row * (width // _TILE) + tile_column + tl.zeros([1, 1], tl.int32)
-            tl.store(at, scale)
-            tl.store(codes_t + column[:, None] * height + row[None], tl.trans(code))
+        at = scales + tile_column * (height // _TILE) + tile_row + tl.zeros([1, 1], tl.int32)
+        tl.store(at, scale)
+        tl.store(codes + row[:, None] * width + column[None], code)
     else:
         if ROWS:
             scale, factor = _scale(tl.max(size, axis=1))
