@@ -107,7 +107,7 @@ def _package(target: Path, package: str) -> Path:
 def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows stay in their records and go through the kernels on a CPU, too; the interpreter takes one thread only."""
     monkeypatch.setattr(
-        decoded, "_on_gpu", lambda records: records.is_cuda or threading.current_thread() is threading.main_thread()
+        decoded, "use_kernels", lambda records: records.is_cuda or threading.current_thread() is threading.main_thread()
     )
 
 

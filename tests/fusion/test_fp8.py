@@ -39,7 +39,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         return made.fill_(torch.nan) if made.is_floating_point() else made.fill_(0x7F)
 
     monkeypatch.setattr(Tensor, "new_empty", poison)
-    monkeypatch.setattr(fp8, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(fp8, "use_kernels", lambda x: True)
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -140,7 +140,7 @@ def test_kernels_equal_the_twin(
     x, weight = numbers(tokens, wide, dtype=types[0]), numbers(out, wide, dtype=types[1])
     grad = numbers(tokens, out, dtype=types[0])
     with monkeypatch.context() as patch:
-        patch.setattr(fp8, "_on_gpu", lambda x: False)
+        patch.setattr(fp8, "use_kernels", lambda x: False)
         twin = derivatives(fp8_linear, x, weight, grad)
     request.getfixturevalue("kernels")
     mine = derivatives(fp8_linear, x, weight, grad)

@@ -109,7 +109,7 @@ def test_the_kernels_are_exact_at_any_depth_and_near_their_twins(
         runs.append(trajectory(bank, data, depth, reads=True) + every_record(bank))
     assert all(same(run, runs[0]) for run in runs[1:])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoded, "_on_gpu", lambda records: False)
+        patch.setattr(decoded, "use_kernels", lambda records: False)
         twin = trajectory(make_bank(BY_ORDER, device=device, **options), data, 0, reads=True)
     for mine, theirs in zip(runs[0][:8], twin[:8], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=2**-7 if codec == "bf16" else 1e-5, atol=1e-5)

@@ -128,7 +128,7 @@ def test_lay_over(codec: str, rows: int, new_rows: int, width: int, seed: int) -
     found.lay_over(new_keys, new, changed)
     assert torch.equal(changed, torch.isin(keys, new_keys))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoded, "_on_gpu", lambda records: False)
+        patch.setattr(decoded, "use_kernels", lambda records: False)
         twin = DecodedRows(row_format, keys, records)
     marked = torch.zeros_like(changed)
     twin.lay_over(new_keys, new, marked)

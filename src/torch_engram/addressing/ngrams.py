@@ -14,6 +14,7 @@ from torch_engram.addressing import hashing
 from torch_engram.addressing.canonical import CanonicalVocab
 from torch_engram.addressing.layout import LayerLayout, layouts
 from torch_engram.config import EngramConfig
+from torch_engram.kernels import use_kernels
 from torch_engram.window import Window
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Addressing:
         that the first need not wait for the last. ``with_mixes=False`` allows mixes ``[B, T, 0]`` in place of theirs.
         Raises ``ValueError`` as :meth:`windows` does, now.
         """
-        if tokens.is_cuda:
+        if use_kernels(tokens):
             return self._lookup_at_once(tokens, history, doc_start, live, with_mixes)
         windows = self.windows(tokens, history=history, doc_start=doc_start, live=live)
         return partial(self.rows, windows)

@@ -18,6 +18,7 @@ from torch_engram.fusion.convolution import ShortConvolution, document_age
 from torch_engram.fusion.fp8 import fp8_linear
 from torch_engram.fusion.gate import gate
 from torch_engram.fusion.styles import STYLES
+from torch_engram.kernels import use_kernels
 from torch_engram.window import Window
 
 
@@ -89,7 +90,7 @@ class Engram(nn.Module):
             embeddings = embeddings.to(self.wkv.weight.dtype)
         wkv = self.wkv
         keys_value = fp8_linear(embeddings, wkv.weight, wkv.bias) if self.fp8 else wkv(embeddings)
-        if streams.is_cuda and state is None and not self.style.casts_after_norms:
+        if use_kernels(streams) and state is None and not self.style.casts_after_norms:
             streams, alpha = self.fuse_triton(streams, keys_value, live, doc_start)
         else:
             streams, alpha = self.fuse_naive(streams, keys_value, live, doc_start, state)

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_engram.kernels import use_kernels
+
 WIDTH = 128
 """Numbers of a block along what is summed over."""
 LARGEST = 448.0
@@ -109,12 +111,8 @@ def product_cublas(a: Blocks, b: Blocks, shape: Sequence[int], dtype: torch.dtyp
     return product[: shape[0], : shape[1]].to(dtype).contiguous()
 
 
-def _on_gpu(x: Tensor) -> bool:
-    return x.is_cuda
-
-
 def _forms(x: Tensor) -> tuple[_Quantise, _Multiply]:
-    if not _on_gpu(x):
+    if not use_kernels(x):
         return quantise_naive, product_naive
     from torch_engram.fusion.fp8_kernels import product_triton, quantise_triton
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_engram.kernels import use_kernels
 from torch_engram.memory.segments import Segments, expand, merge, unique_rows
 from torch_engram.memory.source import Source
 from torch_engram.stores import DecodedRows, make_keys
@@ -111,7 +112,7 @@ class TouchedRows:
 
     def _expand_changed(self, micro: int, changed: Tensor, out: Tensor) -> None:
         assert self.planes is not None
-        if out.is_cuda:
+        if use_kernels(out):
             from torch_engram.memory.patch_kernels import expand_changed_triton
 
             inverse, kept = self.segments[micro].inverse, self.kept[micro]

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_engram.kernels import use_kernels
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -38,7 +40,7 @@ def unique_rows(ids: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor, S
 
     ``ids``: int64 ``[n]``. ``rows``: all ids are from 0 to below it, where given; a GPU sorts narrower keys then.
     """
-    if ids.is_cuda and len(ids):
+    if use_kernels(ids) and len(ids):
         from torch_engram.memory.segment_kernels import unique_triton
 
         distinct, first, *segments = unique_triton(ids, rows)
@@ -57,7 +59,7 @@ def expand(values: Tensor, inverse: Tensor, out: Tensor) -> Tensor:
 
     Rows of ``values`` may be any distance apart, as in a view of encoded records.
     """
-    if values.is_cuda:
+    if use_kernels(values):
         from torch_engram.memory.segment_kernels import expand_triton
 
         return expand_triton(values, inverse, out)
@@ -75,7 +77,7 @@ def merge(grads: Tensor, segments: Segments, out: Tensor | None = None) -> Tenso
 
     Rows of ``grads`` may be any distance apart.
     """
-    if grads.is_cuda:
+    if use_kernels(grads):
         from torch_engram.memory.segment_kernels import merge_triton
 
         if out is None:

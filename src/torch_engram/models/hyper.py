@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch_engram.kernels import use_kernels
+
 Mixing = tuple[Tensor, ...]
 """H_res ``[B, T, M, M]`` and H_post ``[B, T, M]``; on a GPU also the streams. Nothing for one branch."""
 
@@ -128,7 +130,7 @@ class HyperConnection(nn.Module):
         return write_fused(through[0], output, h_res, h_post)
 
     def _fused(self, streams: Tensor) -> bool:
-        return streams.is_cuda and self.branches <= _MOST_FUSED
+        return use_kernels(streams) and self.branches <= _MOST_FUSED
 
 
 def residual(branches: int, hidden: int, index: int, iterations: int, eps: float) -> PlainResidual | HyperConnection:

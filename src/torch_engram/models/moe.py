@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch_engram.kernels import use_kernels
 from torch_engram.models.config import MoEConfig
 from torch_engram.models.feedforward import SwiGLU
 from torch_engram.models.grouped import as_autocast, grouped_product
@@ -59,7 +60,7 @@ def moe_grouped(
     ``[experts, f, d]``; ``shared`` ``[n, d]`` is added. On a GPU, sorting, copying, activating and adding up are the
     kernels of :mod:`torch_engram.models.moe_fused`; elsewhere they are :func:`moe_sorted`. The products are the same.
     """
-    if x.is_cuda:
+    if use_kernels(x):
         from torch_engram.models.moe_fused import moe_fused
 
         return moe_fused(x, chosen, gates, gate_up, down, shared)
@@ -134,7 +135,7 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def _count(self, chosen: Tensor, live: Tensor | None) -> None:
-        if chosen.is_cuda:
+        if use_kernels(chosen):
             from torch_engram.models.moe_fused import count_fused
 
             self.load.add_(count_fused(chosen, live, self.config.experts))  # a recompute may run in a traced graph

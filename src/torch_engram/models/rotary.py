@@ -24,8 +24,9 @@ def turn(
     The scales ``query_norm`` and ``key_norm`` are ``[D]``, ``cos`` and ``sin`` fp32 ``[B or 1, T, 1, D / 2]``. On a GPU
     this is one kernel each way (:mod:`torch_engram.models.rotary_fused`), which computes in fp32 and rounds once.
     """
-    if qkv.is_cuda:
-        from torch_engram.models.rotary_fused import turn_fused
+    if use_kernels(qkv):
+        from torch_engram.kernels import use_kernels
+from torch_engram.models.rotary_fused import turn_fused
 
         return turn_fused(qkv, query_norm, key_norm, cos, sin, heads, eps)
     return turn_naive(qkv, query_norm, key_norm, cos, sin, heads, eps)

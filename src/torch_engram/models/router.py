@@ -12,8 +12,9 @@ def choose(logits: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     On a GPU this is one kernel each way (:mod:`torch_engram.models.router_fused`): there the lower expert wins a tie,
     elsewhere any may. What is not a number counts as largest.
     """
-    if logits.is_cuda:
-        from torch_engram.models.router_fused import choose_fused
+    if use_kernels(logits):
+        from torch_engram.kernels import use_kernels
+from torch_engram.models.router_fused import choose_fused
 
         return choose_fused(logits, bias, top_k)
     return choose_naive(logits, bias, top_k)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_engram.kernels import use_kernels
 from torch_engram.stores.codecs import CODECS, BFloat16, Plain
 from torch_engram.stores.records import RecordLayout, RowFormat
 
@@ -23,7 +24,7 @@ class DecodedRows(dict[str, Tensor]):
 
     def __init__(self, row_format: RowFormat, row_keys: Tensor, records: Tensor):
         self.format, self.row_keys = row_format, row_keys
-        self.in_place = _on_gpu(records) and _has_kernels(row_format.layout)
+        self.in_place = use_kernels(records) and _has_kernels(row_format.layout)
         self.records = records if self.in_place else None
         self.encoded = False
         """Whether ``records`` are newer than the planes."""
@@ -84,10 +85,6 @@ class DecodedRows(dict[str, Tensor]):
             std,
             changed,
         )
-
-
-def _on_gpu(records: Tensor) -> bool:
-    return records.is_cuda
 
 
 def _has_kernels(layout: RecordLayout) -> bool:

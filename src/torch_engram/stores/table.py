@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torch_engram.kernels import use_kernels
 from torch_engram.stores.records import ROW_MASK, SPACE_SHIFT, RecordLayout
 
 
@@ -40,7 +41,7 @@ class RecordTable:
 
     def gather(self, keys: Tensor) -> Tensor:
         """Records uint8 ``[U, nbytes]`` of keys ``[U]``, both on the table's device."""
-        if keys.is_cuda:
+        if use_kernels(keys):
             from torch_engram.stores.table_kernels import gather_triton
 
             return gather_triton(self._words, self._bases, keys).view(torch.uint8)
@@ -48,7 +49,7 @@ class RecordTable:
 
     def scatter(self, keys: Tensor, records: Tensor) -> None:
         """Replace the records of distinct keys."""
-        if keys.is_cuda:
+        if use_kernels(keys):
             from torch_engram.stores.table_kernels import scatter_triton
 
             scatter_triton(self._words, self._bases, keys, records.view(torch.int64), self._changed)

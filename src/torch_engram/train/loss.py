@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_engram.data import IGNORE_INDEX
+from torch_engram.kernels import use_kernels
 from torch_engram.models.grouped import as_autocast
 
 _CHUNK_LOGITS = 1 << 27
@@ -66,7 +67,7 @@ def turn_into_gradient_naive(
 def turn_into_gradient(logits: Tensor, targets: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
     """The cross-entropies; ``logits`` become ``scale`` (a scalar) times their gradients, or stay as they are without
     one."""
-    if logits.is_cuda:
+    if use_kernels(logits):
         from torch_engram.train.loss_kernels import turn_into_gradient_triton
 
         return turn_into_gradient_triton(logits, targets, bias, scale)
