@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import quantiles, record
+from record import record
 
 from torch_engram.addressing import Addressing, CanonicalVocab
+from torch_engram.bench.results import quantiles
 from torch_engram.config import EngramConfig
 
 LAYER, CALLS, ROUNDS, SEQUENCE = 1, 21, 9, 4096

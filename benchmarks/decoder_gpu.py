@@ -19,60 +19,33 @@ import gc
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from record import record
 
+from torch_engram.bench.steps import Run, Runs
+from torch_engram.bench.timing import in_turns
 from torch_engram.data import open_corpus
 from torch_engram.models import DecoderConfig, MoEConfig
 from torch_engram.models.accounting import account, match_budget
-from torch_engram.train.build import Text
-from torch_engram.train.loop import Trainer
-from torch_engram.train.recipe import Recipe
 from torch_engram.train.recipes import get_recipe
 
 PEAK = 989e12
-WARM_UP, TURNS, STEPS = 5, 6, 4
+TURNS, STEPS = 6, 4
 
 
-class Runs:
-    """Trainers that share their text and a folder."""
-
-    def __init__(self, folder: str):
-        self.folder = folder
-        self.text: dict[int, Text] = {}
-
-    def trainer(self, recipe: Recipe) -> Trainer:
-        """A trainer that has taken its first steps."""
-        recipe = replace(recipe, out=self.folder, cache=f"{self.folder}/cache", steps=10_000)
-        trainer = Trainer(recipe, text=self.text.get(recipe.model.vocab_size))
-        self.text[recipe.model.vocab_size] = trainer.text
-        trainer.decoder.train()
-        for _ in range(WARM_UP):
-            trainer.train_step()
-        return trainer
+def milliseconds(*runs: Run) -> list[list[float]]:
+    """Mean step times of each run, one a turn."""
+    return list(in_turns({str(i): partial(run.take, STEPS) for i, run in enumerate(runs)}, TURNS).values())
 
 
-def milliseconds(*trainers: Trainer) -> list[list[float]]:
-    """Mean step times of each trainer, one a turn."""
-    taken: list[list[float]] = [[] for _ in trainers]
-    for _ in range(TURNS):
-        for trainer, samples in zip(trainers, taken, strict=True):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(STEPS):
-                trainer.train_step()
-            torch.cuda.synchronize()
-            samples.append(1e3 * (time.perf_counter() - start) / STEPS)
-    return taken
-
-
-def report(claim: str, name: str, trainer: Trainer, samples: list[float]) -> None:
+def report(claim: str, name: str, run: Run, samples: list[float]) -> None:
     """What is recorded of every model beside its claim."""
+    trainer = run.trainer
     tokens = trainer.recipe.tokens_per_step
     speeds = [tokens / took / 1e3 for took in samples]
     counted = trainer.account
@@ -88,13 +61,11 @@ def mfu_dense(runs: Runs) -> None:
     corpus.write_text(json.dumps({"text": text}))
     model = DecoderConfig(vocab_size=16_384, hidden=1280, layers=13, heads=10, ffn_hidden=4096, tie_embeddings=False)
     base = replace(get_recipe("small-dense"), name="mfu", model=model, seq_len=4096, batch_size=16)
-    runs.text.clear()
-    trainer = runs.trainer(replace(base, data=str(corpus), validation_share=0.0))
-    runs.text.clear()
-    (samples,) = milliseconds(trainer)
-    flops = 3 * trainer.account.flops * base.tokens_per_step
+    run = runs.start(replace(base, data=str(corpus), validation_share=0.0))
+    (samples,) = milliseconds(run)
+    flops = 3 * run.trainer.account.flops * base.tokens_per_step
     record("mfu-dense", "utilisation", [flops / (took / 1e3) / PEAK for took in samples], "of peak", device="cuda")
-    report("mfu-dense", "dense", trainer, samples)
+    report("mfu-dense", "dense", run, samples)
 
 
 def moe_vs_dense(runs: Runs) -> None:
@@ -106,13 +77,13 @@ def moe_vs_dense(runs: Runs) -> None:
         "small-": (get_recipe("small-dense"), get_recipe("small-moe")),
     }
     for prefix, recipes in pairs.items():
-        trainers = [runs.trainer(recipe) for recipe in recipes]
-        taken = milliseconds(*trainers)
+        started = [runs.start(recipe) for recipe in recipes]
+        taken = milliseconds(*started)
         ratios = [a / b for a, b in zip(*taken, strict=True)]
         record("moe-vs-dense", f"{prefix}moe-over-dense", ratios, "times", reference=1.0, device="cuda")
-        for name, trainer, samples in zip(("dense", "moe"), trainers, taken, strict=True):
-            report("moe-vs-dense", prefix + name, trainer, samples)
-        del trainers, trainer
+        for name, run, samples in zip(("dense", "moe"), started, taken, strict=True):
+            report("moe-vs-dense", prefix + name, run, samples)
+        del started, run
         clear()
 
 
@@ -123,22 +94,22 @@ def engram_overhead(runs: Runs) -> None:
     assert model.moe is not None
     aligned = replace(model.moe, shared_hidden=round(model.moe.shared_hidden / 8) * 8)  # as matrix products want it
     matched = replace(engram, name="matched", model=replace(model, moe=aligned))
-    trainers = [runs.trainer(recipe) for recipe in (moe, matched)]
-    taken = milliseconds(*trainers)
+    started = [runs.start(recipe) for recipe in (moe, matched)]
+    taken = milliseconds(*started)
     ratios = [b / a for a, b in zip(*taken, strict=True)]
     record("engram-overhead", "engram-over-moe", ratios, "times", reference=1.0, device="cuda")
-    for name, trainer, samples in zip(("moe", "engram"), trainers, taken, strict=True):
+    for name, run, samples in zip(("moe", "engram"), started, taken, strict=True):
         record("engram-overhead", f"{name}-step", samples, "ms", device="cuda")
-        report("engram-overhead", name, trainer, samples)
+        report("engram-overhead", name, run, samples)
 
 
 def small_run(runs: Runs) -> None:
-    trainer = runs.trainer(get_recipe("small-engram"))
-    (samples,) = milliseconds(trainer)
-    tokens = trainer.recipe.tokens_per_step
+    run = runs.start(get_recipe("small-engram"))
+    (samples,) = milliseconds(run)
+    tokens = run.trainer.recipe.tokens_per_step
     record("small-run", "speed", [tokens / took / 1e3 for took in samples], "M tokens/s", device="cuda")
     record("small-run", "peak-memory", [torch.cuda.max_memory_allocated() / 2**30], "GiB", device="cuda")
-    report("small-run", "engram", trainer, samples)
+    report("small-run", "engram", run, samples)
 
 
 def clear() -> None:

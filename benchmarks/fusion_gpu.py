@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 from record import record
-from timing import copy_rate, median, milliseconds
 from torch import Tensor, nn
 
+from torch_engram.bench.timing import copy_rate, median, milliseconds
 from torch_engram.config import EngramConfig
 from torch_engram.fusion import Engram
 

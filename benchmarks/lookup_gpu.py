@@ -17,18 +17,18 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 from record import record
-from timing import median
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from torch_engram.bench.steps import without_lookups
+from torch_engram.bench.timing import in_turns, median, wall_milliseconds
 from torch_engram.config import EngramConfig
-from torch_engram.memory import Memory, Tokens
+from torch_engram.memory import Tokens
 from torch_engram.models import DecoderConfig
 from torch_engram.train.build import Text
 from torch_engram.train.loop import Trainer
@@ -54,54 +54,6 @@ def recipe(folder: str, rows: int, prefetch: int) -> Recipe:
         steps=10_000, device="cuda", dtype="bf16", compile=True,
         table=TableRecipe(optimizer="rowwise_adam", codec="bf16", prefetch=prefetch),
     )  # fmt: skip
-
-
-class Constant:
-    """In place of a working set: embeddings that nobody looks up, and gradients that nobody uses."""
-
-    def __init__(self, leaves: dict[int, Tensor]):
-        self.leaves = leaves
-
-    def __getitem__(self, micro: int) -> Memory:
-        def wait(layer: int) -> dict[str, Tensor]:
-            if layer not in self.leaves:
-                return {}
-            self.leaves[layer].grad = None
-            return {"engram": self.leaves[layer]}
-
-        return Memory(wait)
-
-    def reduce(self) -> None:
-        """Nothing."""
-
-    def apply(self) -> None:
-        """Nothing."""
-
-
-def seconds(work: Callable[[], object], times: int = STEPS) -> float:
-    """Mean wall time of a call, the GPU waited for at the end."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(times):
-        work()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) / times
-
-
-def without_lookups(trainer: Trainer) -> Callable[[], object]:
-    """The trainer's step with constant embeddings."""
-    bank = trainer.banks["engram"]
-    shape = (trainer.recipe.batch_size, trainer.recipe.seq_len, bank.config.embedding_dim)
-    constant = Constant(
-        {layer: torch.randn(shape, device="cuda").bfloat16().requires_grad_() for layer in bank.config.layers}
-    )
-
-    def step() -> None:
-        bank.prefetch = lambda *batches: constant  # type: ignore[method-assign]
-        trainer.train_step()
-        del bank.prefetch
-
-    return step
 
 
 def lookups(trainer: Trainer, times: int = 23) -> tuple[list[float], list[float]]:
@@ -148,12 +100,9 @@ def share(folder: str, text: Text | None) -> Text:
         "prefetched": trainers[1].train_step,
         "without-lookups": without_lookups(trainers[0]),
     }
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(TURNS + 1):
-        for name, step in steps.items():
-            took = seconds(step)
-            if turn:
-                taken[name].append(1e3 * took)
+    takes = {name: partial(wall_milliseconds, step, STEPS) for name, step in steps.items()}
+    in_turns(takes, 1)
+    taken = in_turns(takes, TURNS)
     busy, alone = lookups(trainers[0])
     whole = median(taken["unoverlapped"])
     for name, samples in taken.items():
@@ -172,25 +121,23 @@ def share(folder: str, text: Text | None) -> Text:
 
 def flat(folder: str, text: Text) -> None:
     """Measures step-flat-rows: both tables in HBM at once, steps in turn."""
-    times: dict[int, list[float]] = {}
     beyond: dict[int, float] = {}
     trainers = {}
     for rows in (10_000_000, 300_000_000):
         trainers[rows] = trainer = Trainer(recipe(folder, rows, 1), text=text)
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        seconds(trainer.train_step, 4)
+        wall_milliseconds(trainer.train_step, STEPS)
         beyond[rows] = (torch.cuda.max_memory_allocated() - held) / GIB
-        times[rows] = []
-    for _ in range(TURNS):
-        for rows, trainer in trainers.items():
-            times[rows].append(1e3 * seconds(trainer.train_step))
-    (small, large) = times
-    for rows, samples in times.items():
+    times = in_turns(
+        {str(rows): partial(wall_milliseconds, trainer.train_step, STEPS) for rows, trainer in trainers.items()}, TURNS
+    )
+    small, large = times.values()
+    for rows, samples in zip(trainers, times.values(), strict=True):
         name = f"{rows // 1_000_000}M-rows"
         record("step-flat-rows", f"step-{name}", samples, "ms", device="cuda")
         record("step-flat-rows", f"memory-beyond-{name}", [beyond[rows]], "GiB", device="cuda")
-    ratios = [b / a for a, b in zip(times[small], times[large], strict=True)]
+    ratios = [b / a for a, b in zip(small, large, strict=True)]
     record("step-flat-rows", "300M-over-10M-rows", ratios, "times", reference=1.0, device="cuda")
 
 

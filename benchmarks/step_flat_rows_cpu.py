@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from record import quantiles, record
+from record import record
 
 from torch_engram.addressing import CanonicalVocab
+from torch_engram.bench.results import quantiles
 from torch_engram.config import EngramConfig
 from torch_engram.memory import MemoryBank
 from torch_engram.models import Decoder, DecoderConfig

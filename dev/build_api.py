@@ -8,7 +8,20 @@ import re
 import sys
 from pathlib import Path
 
-ROOMS = ("config", "window", "data", "addressing", "stores", "optim", "memory", "fusion", "models", "generate", "train")
+ROOMS = (
+    "config",
+    "window",
+    "kernels",
+    "data",
+    "addressing",
+    "stores",
+    "optim",
+    "memory",
+    "fusion",
+    "models",
+    "generate",
+    "train",
+)
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
 
 

@@ -20,4 +20,6 @@ engram gates "$run" --text "Only Alexander the Great could tame the horse." --ht
 engram trace --checkpoint "$run" --text "By the way"
 engram sample "$run" --prompt "The United States" --prompt "By the way," --tokens 20 --device cuda
 ls -l "$folder/gates.html" "$folder/demo/report.html" | sed "s#$folder#FOLDER#g" | cut -d' ' -f5-
+engram bench ops --against compile --out "$folder/bench"
+engram bench step small-moe small-engram --against naive --set batch_size=32 --set cache="$folder/cache" --out "$folder/bench"
 rm -rf "$folder"

@@ -21,7 +21,9 @@ def test_the_api_page_is_current() -> None:
     assert check.returncode == 0, check.stderr
 
 
-@pytest.mark.parametrize("room", ["data", "addressing", "stores", "optim", "memory", "fusion", "models", "train"])
+@pytest.mark.parametrize(
+    "room", ["data", "addressing", "stores", "optim", "memory", "fusion", "models", "train", "bench"]
+)
 def test_public_classes_and_functions_have_docstrings(room: str) -> None:
     module = importlib.import_module(f"torch_engram.{room}")
     for name in module.__all__:

@@ -70,12 +70,12 @@ def train(make_vocab: Any) -> list[float]:
     if DEVICE.type == "cpu":
         bank._worker = Here()  # type: ignore[assignment]
     tokens = torch.randint(60, (2, 12))
-    losses = []
+    losses, size = [], torch.tensor(float(tokens.numel()), device=DEVICE)
     ahead = bank.prefetch(Tokens(tokens))
     for _ in range(3):
         rows, ahead = ahead, bank.prefetch(Tokens(tokens))  # fetched before the step writes: patched in the next one
         hidden = decoder(tokens.to(DEVICE), rows[0], return_hidden=True)
-        loss = head_loss(hidden[:, :-1], decoder.head.weight, tokens[:, 1:].to(DEVICE), None, tokens.numel())
+        loss = head_loss(hidden[:, :-1], decoder.head.weight, tokens[:, 1:].to(DEVICE), None, size)
         loss.backward()
         rows.reduce()
         rows.apply()

@@ -13,6 +13,7 @@ ROOMS = (
     "config",
     "window",
     "durable",
+    "kernels",
     "data",
     "addressing",
     "stores",
@@ -25,6 +26,7 @@ ROOMS = (
     "hub",
     "analysis",
     "studies",
+    "bench",
     "cli",
 )
 MEMORY_WING = {"addressing", "stores", "optim", "memory"}

@@ -10,12 +10,15 @@ the table, cleared and read once a step.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
-from segments import milliseconds, natural_ids, show
 from torch import Tensor
 
+from torch_engram.bench.memory_ops import natural_ids
+from torch_engram.bench.timing import median, milliseconds
 from torch_engram.memory.segments import unique_rows
 
 WORDS, IDS = 1024, 1024
@@ -107,8 +110,9 @@ def main() -> None:
     for rows in (1_000_000, 10_000_000, 300_000_000):
         ids = natural_ids(reads, rows, torch.device("cuda"))
         check(ids, rows)
-        show(f"{reads:,} reads of {rows:,}: sort", milliseconds(lambda ids=ids, rows=rows: unique_rows(ids, rows)))
-        show(f"{reads:,} reads of {rows:,}: bitmap", milliseconds(lambda ids=ids, rows=rows: unique_bitmap(ids, rows)))
+        for name, function in (("sort", unique_rows), ("bitmap", unique_bitmap)):
+            took = median(milliseconds(partial(function, ids, rows)))
+            print(f"{reads:,} reads of {rows:,}: {name:6} {took:8.3f} ms", flush=True)
 
 
 if __name__ == "__main__":

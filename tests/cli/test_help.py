@@ -8,7 +8,7 @@ import sys
 import pytest
 import typer
 
-VERBS = ("demo", "train", "recipes", "sample", "trace", "gates")
+VERBS = ("demo", "train", "recipes", "sample", "trace", "gates", "bench")
 
 
 def modules_after(code: str) -> str:
@@ -25,7 +25,7 @@ def test_help_never_imports_torch():
             f"""
 import sys
 from torch_engram.cli import main
-for verb in ([], *([verb] for verb in {VERBS!r})):
+for verb in ([], *([verb] for verb in {VERBS!r}), ["bench", "ops"], ["bench", "step"]):
     sys.argv = ["engram", *verb, "--help"]
     try:
         main()
@@ -56,7 +56,8 @@ def test_every_verb_and_every_option_has_help_text():
 
     command = typer.main.get_command(app)
     assert set(command.commands) == set(VERBS)
-    for name, verb in command.commands.items():
+    below = {f"bench {name}": verb for name, verb in command.commands["bench"].commands.items()}
+    for name, verb in {**command.commands, **below}.items():
         assert verb.help and verb.help.strip()[0].isupper(), name
         for parameter in verb.params:
             assert parameter.name == "help" or parameter.help, (name, parameter.name)

@@ -20,6 +20,15 @@ _WIDTH, _HEIGHT = 460, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 26, 42
 
 
+_BAR, _BEHIND = 11, 90
+"""Height of a bar across, and the room for the value behind the longest one."""
+
+
+def number(value: float) -> str:
+    """A value in few characters: 12,000; 3.25; 0.004."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
 @dataclass(frozen=True)
 class Series:
     """One line or one set of bars."""
@@ -94,6 +103,38 @@ def bar_chart(
     return _svg(title, body)
 
 
+def bar_groups(
+    series: Sequence[Series],
+    categories: Sequence[str],
+    *,
+    title: str,
+    show: Callable[[float], str] = number,
+    one_scale: bool = False,
+) -> str:
+    """Bars across with their values behind them, one group a category under its name.
+
+    Each group has a scale of its own, or all have one. Values that are not finite are left out.
+    """
+    values = [[(one, y) for one in series for x, y in one.points if x == i] for i in range(len(categories))]
+    most = [max((y for _, y in group if math.isfinite(y)), default=0.0) for group in values]
+    body, top = "", 4
+    for i, name in enumerate(categories):
+        to_x = _scale(0.0, (max(most) if one_scale else most[i]) or 1.0, 0, _WIDTH - _BEHIND)
+        body += f'<text class="label" x="0" y="{top + 12}">{escape(name)}</text>'
+        top += 20
+        for one, y in values[i]:
+            if math.isfinite(y):
+                shown, width = escape(show(y)), to_x(y)
+                hover = f"{escape(one.label)}, {escape(name)}: {shown}"
+                body += (
+                    f'<rect class="series-{one.color % PALETTE}" x="0" y="{top}" width="{width:.1f}" height="{_BAR}">'
+                    f'<title>{hover}</title></rect><text x="{width + 6:.1f}" y="{top + _BAR - 1}">{shown}</text>'
+                )
+                top += _BAR + 2
+        top += 10
+    return _svg(title, body, top)
+
+
 def legend(entries: Sequence[tuple[str, int]]) -> str:
     """Labels and their colours as HTML."""
     items = "".join(f"<li>{swatch(color % PALETTE)}{escape(label)}</li>" for label, color in entries)
@@ -107,11 +148,6 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, last + 1)]
-
-
-def number(value: float) -> str:
-    """A value in few characters: 12,000; 3.25; 0.004."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _draw(
@@ -170,9 +206,9 @@ def _scale(low: float, high: float, start: float, end: float) -> Callable[[float
     return lambda value: start + (value - low) / span * (end - start)
 
 
-def _svg(title: str, body: str) -> str:
+def _svg(title: str, body: str, height: int = _HEIGHT) -> str:
     return (
-        f'<figure><figcaption>{escape(title)}</figcaption><svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
+        f'<figure><figcaption>{escape(title)}</figcaption><svg class="chart" viewBox="0 0 {_WIDTH} {height}" '
         f'role="img" aria-label="{escape(title)}">{body}</svg></figure>'
     )
 

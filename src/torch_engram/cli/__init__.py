@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from torch_engram import __version__
+from torch_engram.cli.bench import bench
 from torch_engram.cli.demo import demo
 from torch_engram.cli.gates import gates
 from torch_engram.cli.recipes import recipes
@@ -44,6 +45,7 @@ def options(
 
 for verb in (demo, train, recipes, sample, trace, gates):
     app.command()(verb)
+app.add_typer(bench)
 
 
 def main() -> None:

@@ -212,10 +212,6 @@ class MemoryBank:
             proxy.data = proxy.data.new_empty(0, proxy.shape[1])
         self.optimizer.state.clear()
 
-    def settle(self) -> None:
-        """Return when the prefetch thread has done all that it was given so far."""
-        self._worker.submit(lambda: None).result()
-
     def flush(self) -> None:
         """Return when every write is in the store."""
         for source in self._sources:

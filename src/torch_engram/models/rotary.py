@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_engram.kernels import use_kernels
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE (arXiv 2104.09864): pairs (i, i + D / 2) of ``[B, T, heads, D]`` turned by their angles."""
@@ -25,8 +27,7 @@ def turn(
     this is one kernel each way (:mod:`torch_engram.models.rotary_fused`), which computes in fp32 and rounds once.
     """
     if use_kernels(qkv):
-        from torch_engram.kernels import use_kernels
-from torch_engram.models.rotary_fused import turn_fused
+        from torch_engram.models.rotary_fused import turn_fused
 
         return turn_fused(qkv, query_norm, key_norm, cos, sin, heads, eps)
     return turn_naive(qkv, query_norm, key_norm, cos, sin, heads, eps)

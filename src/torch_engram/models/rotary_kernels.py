@@ -34,7 +34,7 @@ def turn_triton(
     sizes, grid = _sizes(qkv, query_norm, heads, _FORWARD_NUMBERS)
     batch, tokens, width = *qkv.shape[:2], sizes["D"]
     query, key = (qkv.new_empty(batch, tokens, sizes[count], width) for count in ("H", "G"))
-    _turn[grid](qkv, query_norm, key_norm, cos, sin, query, key, tokens, _turns(cos), eps, **sizes)
+    _norm_turn[grid](qkv, query_norm, key_norm, cos, sin, query, key, tokens, _turns(cos), eps, **sizes)
     return query, key
 
 
@@ -51,7 +51,7 @@ def turn_backward_triton(
     parts = qkv.new_empty(grid[0], 2, sizes["D"], dtype=torch.float32)
     assert all(grad.stride(3) == 1 for grad in grads)
     strides = [stride for grad in grads for stride in grad.stride()[:3]]
-    _turn_backward[grid](
+    _norm_turn_backward[grid](
         *grads, *strides, qkv, query_norm, key_norm, cos, sin, grad_qkv, parts,
         qkv.shape[1], _turns(cos), eps, **sizes,
     )  # fmt: skip
@@ -110,7 +110,7 @@ def _turn_heads(x, scale, c, s, to, inside, pair, eps, HEADS: tl.constexpr, D: t
 
 
 @triton.jit
-def _turn(
+def _norm_turn(
     qkv, query_norm, key_norm, cos, sin, query, key, tokens, turns, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +147,7 @@ def _turn_back(
 
 
 @triton.jit
-def _turn_backward(
+def _norm_turn_backward(
     grad_query, grad_key, grad_value, query_b, query_t, query_h, key_b, key_t, key_h, value_b, value_t, value_h,
     qkv, query_norm, key_norm, cos, sin, grad_qkv, parts, tokens, turns, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, TOKENS: tl.constexpr,

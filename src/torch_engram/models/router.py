@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from torch_engram.kernels import use_kernels
+
 
 def choose(logits: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The k experts (int64) whose sigmoid score + bias is largest, and their gates (fp32): ``[n, k]`` each.
@@ -13,8 +15,7 @@ def choose(logits: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     elsewhere any may. What is not a number counts as largest.
     """
     if use_kernels(logits):
-        from torch_engram.kernels import use_kernels
-from torch_engram.models.router_fused import choose_fused
+        from torch_engram.models.router_fused import choose_fused
 
         return choose_fused(logits, bias, top_k)
     return choose_naive(logits, bias, top_k)

@@ -1,0 +1,98 @@
+"""The plots of a benchmark: one HTML page with bars and the table that they show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from torch_engram.analysis.charts import Series, bar_groups, legend
+from torch_engram.analysis.page import page, percent, section, table
+from torch_engram.bench.ops import OPS, Sizes, Timed
+from torch_engram.bench.results import device_name, quantiles, versions
+from torch_engram.bench.steps import StepTimes
+from torch_engram.bench.timing import median
+
+_LIMIT, _OURS, _AGAINST = 0, 1, 2
+"""Colours."""
+OPS_HEAD = ("p20", "p50", "p80", "limit", "times it")
+STEP_HEAD = ("p20", "p50", "p80", "tokens/s", "MFU", "GiB", "lookups")
+READING = (
+    "The limit is what this device could do at best: the bytes that must move, at the rate of a copy, and the matrix "
+    "products that must be done, as torch.mm does them, both measured in the same run. No program reaches 1.0 times it."
+)
+
+
+def ops_page(timed: Sequence[Timed], sizes: Sizes, against: str | None) -> str:
+    """Limit, ours and the twin of every op."""
+    medians = [(one.limit, median(one.ours), median(one.against) if one.against else None) for one in timed]
+    entries = [("limit", _LIMIT), ("this library", _OURS), *([(against, _AGAINST)] if against else [])]
+    series = [
+        Series(label, color, [(i, ms) for i, found in enumerate(medians) if (ms := found[color]) is not None])
+        for label, color in entries
+    ]
+    names = [f"{one.name}: {one.ratio:.2f} times the limit" for one in timed]
+    chart = bar_groups(series, names, title="Each group to its own scale", show=milliseconds_text)
+    head = ["op", *OPS_HEAD, *([against, "speed-up"] if against else [])]
+    rows = [(escape(one.name), op_cells(one, against)) for one in timed]
+    counted = [f"{one.name}: {' '.join((OPS[one.name].__doc__ or '').split())}" for one in timed]
+    body = legend(entries) + f'<div class="charts">{chart}</div>' + table(head, rows)
+    return _page("Kernels", sizes.device, sizes.describe(), section("Times in milliseconds", body, READING, *counted))
+
+
+def steps_page(timed: Sequence[StepTimes], settings: str, against: str | None) -> str:
+    """Tokens a second of every recipe, and of its other form. ``settings``: what was changed in the recipes."""
+    entries = [("as the recipe is", _OURS), *([(against, _AGAINST)] if against else [])]
+    speeds = [
+        (0.0, median(one.speed), one.recipe.tokens_per_step * 1e3 / median(one.against) if one.against else 0.0)
+        for one in timed
+    ]
+    series = [Series(label, color, [(i, found[color]) for i, found in enumerate(speeds)]) for label, color in entries]
+    names = [one.recipe.name for one in timed]
+    chart = bar_groups(series, names, title="Tokens a second", one_scale=True)
+    head = ["recipe", *STEP_HEAD, *([against, "speed-up"] if against else [])]
+    rows = [(escape(one.recipe.name), step_cells(one, against)) for one in timed]
+    body = legend(entries) + f'<div class="charts">{chart}</div>' + table(head, rows)
+    device = timed[0].recipe.device
+    notes = (
+        "GiB: the most that a run took on the GPU.",
+        "MFU: model FLOPs a second (3 times the forward's) over those of one large torch.mm in the same run.",
+        "Lookups: the share of the step that goes away when embeddings are constants that nobody fetches.",
+    )
+    return _page(
+        "Training steps",
+        device,
+        settings or "recipes as they are",
+        section("Steps, times in milliseconds", body, *notes),
+    )
+
+
+def op_cells(one: Timed, against: str | None) -> list[str]:
+    """Texts for :data:`OPS_HEAD`, then the twin's milliseconds and the speed-up where there is a comparison."""
+    cells = [*map(milliseconds_text, (*quantiles(one.ours), one.limit)), f"{one.ratio:.2f}"]
+    return cells + _compared(one.against, one.speed_up) if against else cells
+
+
+def step_cells(one: StepTimes, against: str | None) -> list[str]:
+    """Texts for :data:`STEP_HEAD`, then as :func:`op_cells`."""
+    memory = "–" if one.run.memory is None else f"{one.run.memory:.1f}"
+    exposed = "–" if one.exposed is None else f"{100 * median(one.exposed):.1f} %".replace("-", "−")  # noise may be < 0
+    speed, share = f"{median(one.speed):,.0f}", percent(median(one.utilisation))
+    cells = [*map(milliseconds_text, quantiles(one.ours)), speed, share, memory, exposed]
+    speed_up = None if one.speed_up is None else median(one.speed_up)
+    return cells + _compared(one.against, speed_up) if against else cells
+
+
+def _compared(against: list[float] | None, speed_up: float | None) -> list[str]:
+    if against is None or speed_up is None:
+        return ["–", "–"]
+    return [milliseconds_text(median(against)), f"{speed_up:.2f}"]
+
+
+def milliseconds_text(ms: float) -> str:
+    """Milliseconds to three digits: 0.106, 2.31, 154."""
+    return f"{ms:.3g}" if ms < 100 else f"{ms:,.0f}"
+
+
+def _page(title: str, device: str, what: str, body: str) -> str:
+    lead = escape(f"{device_name(device)}; {versions()}; {what}")
+    return page(f"{title}: {device_name(device)}", f'<h1>{escape(title)}</h1><p class="lead">{lead}</p>{body}')

@@ -1,0 +1,90 @@
+"""How a measurement is written down: quantiles of its samples, what it was measured against, where and with what."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+
+from torch_engram.durable import replacing
+
+MEASURED = ("case", "value", "unit", "reference", "ratio", "p20", "p50", "p80", "n")
+"""Columns of :meth:`Measurement.cells`."""
+ORIGIN = ("device", "versions", "date")
+"""Columns of :func:`origin`."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Samples of one thing; its value is their median."""
+
+    case: str
+    samples: Sequence[float]
+    unit: str
+    reference: float | None = None
+    """What it was measured against in the same run."""
+    ratio: float | None = None
+
+    @property
+    def quantiles(self) -> tuple[float, float, float]:
+        """p20, p50 and p80 of the samples."""
+        return quantiles(self.samples)
+
+    def cells(self) -> list[str]:
+        """One text a column of :data:`MEASURED`."""
+        p20, p50, p80 = self.quantiles
+        values = [self.case, p50, self.unit, self.reference, self.ratio, p20, p50, p80, len(self.samples)]
+        return [f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value) for value in values]
+
+
+def write_csv(path: Path, lead: Sequence[str], rows: Iterable[tuple[Sequence[str], Measurement]], device: str) -> None:
+    """Replace ``path`` by a table: the columns ``lead``, then :data:`MEASURED` and :data:`ORIGIN`."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*lead, *MEASURED, *ORIGIN])
+    where = origin(device)
+    writer.writerows([*names, *measured.cells(), *where] for names, measured in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """p20, p50 and p80, interpolated; of one sample, that sample."""
+    if len(samples) == 1:
+        return (samples[0],) * 3
+    tenths = statistics.quantiles(samples, n=10, method="inclusive")
+    return tenths[1], tenths[4], tenths[7]
+
+
+def origin(device: str) -> list[str]:
+    """One text a column of :data:`ORIGIN`."""
+    return [device_name(device), versions(), datetime.date.today().isoformat()]
+
+
+def device_name(device: str) -> str:
+    """The CPU's model and the number of cores that this process may use, or the GPU's name."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{model.replace(',', ' ')}; {cores} cores"
+
+
+def versions() -> str:
+    """Versions of what the figure depends on most."""
+    return f"python {sys.version.split()[0]} torch {torch.__version__} numpy {numpy.__version__}"
