@@ -32,6 +32,7 @@ from torch_engram.bench.timing import in_turns
 from torch_engram.data import open_corpus
 from torch_engram.models import DecoderConfig, MoEConfig
 from torch_engram.models.accounting import account, match_budget
+from torch_engram.train.guards import deterministic_kernels
 from torch_engram.train.recipes import get_recipe
 
 PEAK = 989e12
@@ -112,6 +113,32 @@ def small_run(runs: Runs) -> None:
     report("small-run", "engram", run, samples)
 
 
+OPTIONS = {
+    "none": {"compile": False},
+    "compile": {},
+    "compile-recompute": {"recompute": True},
+    "compile-accumulation": {"accumulation": 2, "batch_size": 32},
+    "compile-capture": {"capture": True},
+    "compile-deterministic": {"deterministic": True},
+    "capture": {"compile": False, "capture": True},
+    "together": {"recompute": True, "accumulation": 2, "batch_size": 32, "capture": True},
+}
+
+
+def options(runs: Runs) -> None:
+    """``small-engram`` at 65,536 tokens a step under each option of the trainer, and under all that keep its speed."""
+    for name, changes in OPTIONS.items():
+        recipe = replace(get_recipe("small-engram"), **{"name": name, "batch_size": 64, "compile": True, **changes})
+        with deterministic_kernels(recipe.deterministic):
+            run = runs.start(recipe)
+            (samples,) = milliseconds(run)
+        speeds = [recipe.tokens_per_step / took / 1e3 for took in samples]
+        record("small-run", f"{name}-speed", speeds, "M tokens/s", device="cuda")
+        record("small-run", f"{name}-memory", [run.memory or 0.0], "GiB", device="cuda")
+        del run
+        clear()
+
+
 def clear() -> None:
     """Give back what the last models held, and forget what was compiled for their shapes."""
     torch._dynamo.reset()
@@ -121,6 +148,7 @@ def clear() -> None:
 
 CLAIMS: dict[str, Callable[[Runs], None]] = {
     "small-run": small_run,
+    "small-run-options": options,
     "engram-overhead": engram_overhead,
     "moe-vs-dense": moe_vs_dense,
     "mfu-dense": mfu_dense,

@@ -35,7 +35,7 @@ from torch_engram.train.loop import Trainer
 from torch_engram.train.recipe import Recipe, TableRecipe
 
 LAYERS, ORDERS, HEADS, ROW_DIM, HIDDEN, VOCAB = (1, 4), 2, 8, 64, 1024, 16_384
-TURNS, STEPS = 15, 4
+TURNS, STEPS = 20, 4
 GIB = 2**30
 
 
@@ -70,7 +70,8 @@ def lookups(trainer: Trainer, times: int = 23) -> tuple[list[float], list[float]
             start = time.perf_counter()
             rows = bank.prefetch(Tokens(batch.tokens, doc_start=batch.doc_start))
             for layer in bank.config.layers:
-                rows[0].wait(layer)["engram"].backward(grad)
+                rows[0].wait(layer)
+                rows.merge(layer, 0, grad)  # as a backward does; on a leaf of its own it would copy the gradient first
             rows.reduce()
             rows.apply()
             torch.cuda.synchronize()

@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from models import copy_rate, error, milliseconds, size
+from torch_engram.bench import timing
+from torch_engram.bench.ops import error
+from torch_engram.bench.ops import nbytes as size
 from torch_engram.models import rotary_kernels, router_kernels
 from torch_engram.models.attention import _SMALL_TILES
 from torch_engram.models.layout import _compiled_block_mask, find_places, lay_out
@@ -32,6 +34,10 @@ from torch_engram.models.router_fused import choose_fused
 
 DEVICE = torch.device("cuda")
 Function = Callable[..., Sequence[Tensor]]
+
+
+def milliseconds(function: Callable[[], object]) -> float:
+    return timing.median(timing.milliseconds(function, repeats=7, warm_up=2))
 
 
 def both_ways(function: Function, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
@@ -126,7 +132,7 @@ def attend(name: str, function: Function, inputs: Sequence[Tensor], grad: Tensor
         times = time_both(function, inputs, [grad])
         show(name, times, f"error {worst:.1e} ({time.perf_counter() - began:.0f} s to try)")
     except Exception as problem:
-        print(f"  {name:<40} {type(problem).__name__}: {str(problem).strip().splitlines()[0][:200]}", flush=True)
+        print(f"  {name:<40} {type(problem).__name__}: {str(problem).strip()[:200].partition(chr(10))[0]}", flush=True)
         torch._dynamo.reset()
 
 
@@ -230,7 +236,7 @@ def tiles(forward: Sequence[int], backward: Sequence[int]) -> dict[str, int]:
 def main() -> None:
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64
-    rate = copy_rate()
+    rate = timing.copy_rate()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copies {rate / 1e9:.2f} TB/s")
     wanted = sys.argv[1:] or ["rotary", "router", "attention"]
     if "rotary" in wanted:

@@ -48,12 +48,12 @@ def wall_milliseconds(work: Callable[[], Any], times: int, device: torch.device 
 
 
 def in_turns(takes: Mapping[str, Callable[[], float]], turns: int) -> dict[str, list[float]]:
-    """What each of ``takes`` returned, one sample a turn: what is compared takes turns, so that what changes
-    meanwhile, such as a clock rate, changes for all."""
+    """What each of ``takes`` returned, one sample a turn: what is compared takes turns, there and back, so that what
+    changes meanwhile, such as a clock rate, changes for all."""
     samples: dict[str, list[float]] = {name: [] for name in takes}
-    for _ in range(turns):
-        for name, take in takes.items():
-            samples[name].append(take())
+    for turn in range(turns):
+        for name in list(takes)[:: -1 if turn % 2 else 1]:
+            samples[name].append(takes[name]())
     return samples
 
 

@@ -1,0 +1,80 @@
+"""Whether speed costs loss: the curves of ``small-engram`` as it trains on a GPU beside those of its slow forms.
+
+PYTHONPATH=src python dev/experiments/loss_curves.py FOLDER [STEPS]
+
+Three forms of one run, three seeds each: *fast* (bf16, kernels, compiled), *naive* (the same in bf16 without kernels
+and compiler) and *exact* (naive in fp32, residual stream and experts too). 32,768 tokens a step. Several processes
+share the GPU, so nothing here is a speed. Writes ``loss-curves.csv``, form, seed and the mean loss of every 20 steps,
+and prints for each form the mean over seeds of the last 100 steps and those of the seeds.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from torch_engram.kernels import naive
+
+from torch_engram.train.loop import Trainer
+from torch_engram.train.recipes import get_recipe
+
+FORMS = {
+    "fast": {"dtype": "bf16", "compile": True},
+    "naive": {"dtype": "bf16", "compile": False},
+    "exact": {"dtype": "fp32", "compile": False},
+}
+SEEDS, MEAN, LAST = (0, 1, 2), 20, 100
+
+
+def train(folder: Path, form: str, seed: int, steps: int) -> None:
+    """One run; its losses, one a line, go to a file of its own."""
+    recipe = replace(
+        get_recipe("small-engram"), name=f"{form}-{seed}", seed=seed, out=str(folder), cache=str(folder / "cache"),
+        batch_size=32, steps=steps, warmup=20, **FORMS[form],
+    )  # fmt: skip
+    trainer = Trainer(recipe)
+    trainer.decoder.train()
+    if form == "fast":
+        losses = [trainer.train_step()[0] for _ in range(steps)]
+    else:
+        with naive():
+            losses = [trainer.train_step()[0] for _ in range(steps)]
+    (folder / f"{form}-{seed}.txt").write_text("\n".join(str(float(loss)) for loss in losses))
+
+
+def main() -> None:
+    folder, steps = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 400
+    if len(sys.argv) > 3:
+        train(folder, sys.argv[3], int(sys.argv[4]), steps)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    Trainer(
+        replace(get_recipe("small-engram"), out=str(folder), cache=str(folder / "cache"), compile=False)
+    )  # the text
+    for form in FORMS:
+        command = [sys.executable, __file__, str(folder), str(steps), form]
+        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+        running = [subprocess.Popen([*command, str(seed)], env=environment) for seed in SEEDS]
+        assert not any(process.wait() for process in running), form
+    with open(folder / "loss-curves.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("form", "seed", "step", "loss"))
+        for form in FORMS:
+            ends = []
+            for seed in SEEDS:
+                losses = [float(line) for line in (folder / f"{form}-{seed}.txt").read_text().split()]
+                for start in range(0, steps, MEAN):
+                    mean = statistics.mean(losses[start : start + MEAN])
+                    writer.writerow((form, seed, start + MEAN, f"{mean:.4f}"))
+                ends.append(statistics.mean(losses[-LAST:]))
+            seeds = ", ".join(f"{end:.4f}" for end in ends)
+            print(f"{form}: last {LAST} steps {statistics.mean(ends):.4f}, seeds {seeds}")
+
+
+if __name__ == "__main__":
+    main()
