@@ -109,6 +109,19 @@ class _Constant:
 
         return Memory(wait)
 
+    done = True
+
+    def of(self, bank: object) -> bool:
+        """Anybody's."""
+        return True
+
+    def expand(self, layer: int, micro: int, out: Tensor) -> Tensor:
+        """What is in ``out`` is as good as any."""
+        return out
+
+    def merge(self, layer: int, micro: int, grad: Tensor) -> None:
+        """Nothing."""
+
     def reduce(self) -> None:
         """Nothing."""
 
