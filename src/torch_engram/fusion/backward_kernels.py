@@ -20,85 +20,89 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from torch_engram.fusion.forward_kernels import SMALLEST_SCORE, convolve, place_of, seen_values, tap_weights, values
-
-
-@triton.jit
-def _convolution_slopes(
-    grad, keys_value, value_scale, kernel, age, dz_out, tap_sums, tokens, dilation,
-    M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr,
-    BLOCK: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """The slopes dz of a block of tokens and a chunk of channels of one branch, and sum over tokens of dz * r * v
-    ``[blocks, TAPS, M, D]``, from which the gradients of both parameters of the convolution follow."""
-    branch, channel, block = place_of(M, D, CHUNK)
-    value = keys_value + M * D
-    weights = tap_weights(kernel, branch, channel, M, D, TAPS)
-    totals = ()
-    for _ in tl.static_range(TAPS):
-        totals = totals + (tl.zeros([TOKENS, CHUNK], tl.float32),)
-    for first in range(0, BLOCK, TOKENS):
-        token = block * BLOCK + first + tl.arange(0, TOKENS)
-        here = token < tokens
-        inside = here[:, None] & (channel < D)[None]
-        at = (token * M + branch)[:, None] * D + channel[None]
-        seen = seen_values(value, value_scale, age, token, here, branch, channel, dilation, M, D, TAPS)
-        z = convolve(seen, weights, TAPS)
-        sigmoid = tl.sigmoid(z)
-        dz = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * sigmoid * (1 + z * (1 - sigmoid))
-        tl.store(dz_out + at, dz.to(dz_out.dtype.element_ty), mask=inside)
-        grown = ()
-        for tap in tl.static_range(TAPS):
-            grown = grown + (totals[tap] + dz * seen[tap],)
-        totals = grown
-    for tap in tl.static_range(TAPS):
-        place = ((block * TAPS + tap) * M + branch) * D + channel
-        tl.store(tap_sums + place, tl.sum(totals[tap], axis=0), mask=channel < D)
+from torch_engram.fusion.forward_kernels import (
+    SMALLEST_SCORE,
+    convolve,
+    meet,
+    nothing,
+    numbers,
+    sigmoid,
+    tap_weights,
+    values,
+    walkers,
+)
 
 
 @triton.jit
 def _value_gradients(
-    grad, keys_value, dz, alpha, value_scale, kernel, age, grad_keys_value, row_sums, tokens, dilation,
-    M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
+    grad, keys_value, alpha, value_scale, kernel, age, grad_keys_value, row_sums, tap_sums, tokens, dilation,
+    M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr, REACH: tl.constexpr,
+    BRANCHES: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Sum over branches of (alpha * g + r * dx) of some tokens and channels, and the parts of sum(g * v) and of dr,
-    ``[chunks, 2, M, n]``."""
-    chunks = tl.cdiv(D, CHUNK)
-    chunk = tl.program_id(0) % chunks
-    channel = chunk * CHUNK + tl.arange(0, CHUNK)
-    token = (tl.program_id(0) // chunks).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    here = token < tokens
-    inside = here[:, None] & (channel < D)[None]
-    v = values(keys_value + M * D, token, here, channel, M, D)
-    dv = tl.zeros([TOKENS, CHUNK], tl.float32)
-    for branch in range(M):
-        place = token * M + branch
-        g = tl.load(grad + place[:, None] * D + channel[None], mask=inside, other=0.0).to(tl.float32)
-        dv += tl.load(alpha + place, mask=here, other=0.0)[:, None] * g
-        sums = row_sums + (chunk.to(tl.int64) * 2 * M + branch) * tokens + token
-        tl.store(sums, tl.sum(g * v, axis=1), mask=here)
+    """Sum over branches of (alpha * g + r * dx) of the tokens that some rows walk through and a chunk of channels; the
+    parts of sum(g * v) and of dr, ``[chunks, 2, M, n]``; and sum over these tokens of dz * r * v
+    ``[blocks, TAPS, M, D]``, from which the gradients of both parameters of the convolution follow."""
+    block, chunk, branch, token, channel, exists = walkers(dilation, M, D, BRANCHES, STEPS, ROWS, CHUNK)
+    column, value_column = branch[:, :, None] * D + channel, (M + 0 * branch)[:, :, None] * D + channel
+    weights = tap_weights(kernel, column, exists, M, D, TAPS)
+    seen = nothing(TAPS, BRANCHES, ROWS, CHUNK)
+    sent = nothing(TAPS, BRANCHES, ROWS, CHUNK)
+    totals = nothing(TAPS, BRANCHES, ROWS, CHUNK)
+    sums = row_sums + (chunk.to(tl.int64) * 2 * M + branch) * tokens
+    for step in range(-REACH, STEPS + REACH):
+        now = token + step * dilation
         if TAPS > 0:
-            dx = later_slopes(dz, kernel, age, token, branch, channel, tokens, dilation, M, D, TAPS)
-            dv += tl.load(value_scale + place, mask=here, other=0.0)[:, None] * dx
-            tl.store(sums + M * tokens, tl.sum(dx * v, axis=1), mask=here)
-    at = (token * (M + 1) + M)[:, None] * D + channel[None]
-    tl.store(grad_keys_value + at, dv.to(grad_keys_value.dtype.element_ty), mask=inside)
+            there = (now >= 0) & (now < tokens)
+            place = now.to(tl.int64) * M + branch
+            v = numbers(keys_value, now, value_column, there[:, :, None] & exists, (M + 1) * D)
+            g = numbers(grad, now, column, (there & (step >= 0))[:, :, None] & exists, M * D)
+            x = tl.load(value_scale + place, mask=there & (branch < M), other=0.0)[:, :, None] * v
+            old = tl.load(age + now, mask=there, other=0)
+            seen = meet(seen, x, old >= dilation, REACH)
+            z = convolve(seen, weights, TAPS)
+            slope = sigmoid(z)
+            dz = g * slope * (1 + z * (1 - slope))
+            sent = send_back(sent, dz, weights, old, dilation, TAPS)
+            if step < STEPS:  # the last steps only bring what a row's last tokens get from later ones
+                totals = add_products(totals, dz, seen, TAPS)
+        done = now - REACH * dilation  # to which no later token sends anything
+        there = (done >= 0) & (done < tokens) & (step >= REACH)
+        here = there & (branch < M)
+        place = done.to(tl.int64) * M + branch
+        v = numbers(keys_value, done, value_column, there[:, :, None] & exists, (M + 1) * D)
+        g = numbers(grad, done, column, there[:, :, None] & exists, M * D)
+        dv = tl.load(alpha + place, mask=here, other=0.0)[:, :, None] * g
+        tl.store(sums + done, tl.sum(g * v, axis=2), mask=here)
+        if TAPS > 0:
+            dv += tl.load(value_scale + place, mask=here, other=0.0)[:, :, None] * sent[0]
+            tl.store(sums + M * tokens + done, tl.sum(sent[0] * v, axis=2), mask=here)
+        dv = tl.broadcast_to(tl.sum(dv, axis=0, keep_dims=True), exists.shape[0], ROWS, CHUNK)
+        at = done.to(tl.int64)[:, :, None] * ((M + 1) * D) + value_column
+        alone = (there & (branch == 0))[:, :, None] & exists
+        tl.store(grad_keys_value + at, dv.to(grad_keys_value.dtype.element_ty), mask=alone)
+    for tap in tl.static_range(TAPS):
+        at = (block.to(tl.int64) * TAPS + tap) * M * D + column
+        tl.store(tap_sums + at, tl.sum(totals[tap], axis=1, keep_dims=True), mask=exists)
 
 
 @triton.jit
-def later_slopes(
-    dz, kernel, age, token, branch, channel, tokens, dilation, M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr
-):  # fmt: skip
-    """Slopes dx of some tokens and channels: what the convolution sends back from the positions that saw them."""
-    dx = tl.zeros([token.shape[0], channel.shape[0]], tl.float32)
+def send_back(sent, dz, weights, old, dilation, TAPS: tl.constexpr):
+    """What the convolution has sent back to the tokens that rows have passed, their present ones last: ``sent`` a step
+    ago, and now dz times the tap's weight to those of the same document."""
+    more = ()
+    for tap in tl.static_range(TAPS - 1):
+        back = (TAPS - 1 - tap) * dilation
+        more = more + (sent[tap + 1] + tl.where((old >= back)[:, :, None], dz, 0.0) * weights[tap],)
+    return more + (dz * weights[TAPS - 1],)
+
+
+@triton.jit
+def add_products(totals, dz, seen, TAPS: tl.constexpr):
+    """The sums over tokens of dz * r * v, a tap each, with those of a tile."""
+    more = ()
     for tap in tl.static_range(TAPS):
-        ahead = (TAPS - 1 - tap) * dilation
-        reached = token + ahead < tokens
-        reached = reached & (tl.load(age + token + ahead, mask=reached, other=0) >= ahead)
-        at = ((token + ahead) * M + branch)[:, None] * D + channel[None]
-        slope = tl.load(dz + at, mask=reached[:, None] & (channel < D)[None], other=0.0).to(tl.float32)
-        dx += slope * tl.load(kernel + (tap * M + branch) * D + channel, mask=channel < D, other=0.0)[None]
-    return dx
+        more = more + (totals[tap] + dz * seen[tap],)
+    return more
 
 
 @triton.jit
@@ -132,6 +136,15 @@ def _gate_slopes(
     tl.store(of_query + place, ds * s * rq * rq / D, mask=here)
     tl.store(of_key + place, ds * s * rk * rk / D, mask=here)
     tl.store(of_value + place, -through_norm * a * a * a / D, mask=here)
+
+
+@triton.jit
+def place_of(M: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr):
+    """The branch, the channels and the block of tokens of a program; those of one block run side by side."""
+    program = tl.program_id(0)
+    chunks = tl.cdiv(D, CHUNK)
+    channel = program // M % chunks * CHUNK + tl.arange(0, CHUNK)
+    return program % M, channel, (program // (M * chunks)).to(tl.int64)
 
 
 @triton.jit

@@ -90,7 +90,7 @@ class Engram(nn.Module):
             embeddings = embeddings.to(self.wkv.weight.dtype)
         wkv = self.wkv
         keys_value = fp8_linear(embeddings, wkv.weight, wkv.bias) if self.fp8 else wkv(embeddings)
-        if use_kernels(streams) and state is None and not self.style.casts_after_norms:
+        if use_kernels(streams) and state is None:
             streams, alpha = self.fuse_triton(streams, keys_value, live, doc_start)
         else:
             streams, alpha = self.fuse_naive(streams, keys_value, live, doc_start, state)
@@ -119,20 +119,19 @@ class Engram(nn.Module):
     def fuse_triton(
         self, streams: Tensor, keys_value: Tensor, live: Tensor | None = None, doc_start: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`fuse_naive`, in two passes over memory forward and five back, for styles without casts between the
-        norms and the gate."""
+        """As :meth:`fuse_naive`, in two passes over memory forward and four back."""
         from torch_engram.fusion.fused import fuse_triton
 
         style, convolution = self.style, self.convolution
-        if doc_start is None:
+        if doc_start is None or style.conv_crosses_documents:
             age = torch.arange(streams.shape[1], device=streams.device).repeat(len(streams), 1)
         else:
             age = document_age(doc_start)
-        query_weight, key_weight = (w.float() + style.weight_offset for w in (self.query_weight, self.key_weight))
         return fuse_triton(
             streams,
             keys_value,
-            query_weight * key_weight,  # without a cast between them only their product counts
+            self.query_weight.float() + style.weight_offset,
+            self.key_weight.float() + style.weight_offset,
             None if convolution is None else convolution.norm_weight.float() + style.weight_offset,
             None if convolution is None else convolution.weight.float(),
             age=age.int(),
@@ -141,6 +140,7 @@ class Engram(nn.Module):
             conv_eps=style.conv_eps,
             dilation=self.config.conv_dilation,
             copies_sign=style.copies_sign,
+            casts=style.casts_after_norms,
         )
 
     def _check(self, streams: Tensor, embeddings: Tensor) -> None:
