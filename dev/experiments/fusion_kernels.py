@@ -1,4 +1,4 @@
-"""Milliseconds of each kernel of the fusion on a GPU, for some shapes of its tiles, beside what its bytes alone would take.
+"""Milliseconds of each kernel of the fusion on a GPU, for some shapes of its tiles, beside what its bytes alone take.
 
     python dev/experiments/fusion_kernels.py
 
@@ -20,12 +20,15 @@ from torch_engram.config import EngramConfig
 from torch_engram.fusion import Engram, fused
 
 HIDDEN, BRANCHES, SHAPE, REPEATS = 2560, 4, (4, 4096), 12
-SHAPES = {  # steps, rows times branches, channels and warps of the kernels that walk
-    "64 steps, a warp": (64, 4, 64, 1),
-    "128 steps, a warp": (128, 4, 64, 1),
-    "64 steps, a warp of half as many numbers": (64, 4, 32, 1),
-    "64 steps, four warps": (64, 16, 64, 4),
+WALKS = {  # steps, rows times branches, channels, warps and stages of the kernels that walk
+    "a warp": (64, 4, 64, 1, 2),
+    "a warp that does not load ahead": (64, 4, 64, 1, 1),
+    "a warp of half as many numbers": (64, 4, 32, 1, 3),
+    "longer rows": (128, 4, 64, 1, 3),
+    "four warps": (64, 16, 64, 4, 2),
 }
+MEASURES = [(16, 256, 16), (16, 128, 8), (8, 256, 8), (8, 512, 8), (8, 128, 4)]
+"""Tokens, channels and warps of ``_measure``, one for each of the walks."""
 NUMBERS = 2 * SHAPE[0] * SHAPE[1] * HIDDEN
 """Bytes of one branch of the streams."""
 BYTES = {  # in branches: what each kernel reads and writes
@@ -91,10 +94,11 @@ def main() -> None:
     module = engram("paper").bfloat16()
     widths = ((BRANCHES, HIDDEN), ((BRANCHES + 1) * HIDDEN,))
     inputs = [torch.randn(*SHAPE, *width, device="cuda", dtype=torch.bfloat16) for width in widths]
-    for name, shape in SHAPES.items():
-        fused._STEPS, fused._WALKERS, fused._WALK_CHUNK, fused._WALK_WARPS = shape
+    for (name, walk), measure in zip(WALKS.items(), MEASURES, strict=True):
+        fused._STEPS, fused._WALKERS, fused._WALK_CHUNK, fused._WALK_WARPS, fused._STAGES = walk
+        fused._ROWS, fused._ROW_CHUNK, fused._ROW_WARPS = measure
         error = worst(engram("paper"))
-        print(f"\n{name} {shape}: {'OK' if error < 1e-3 else 'WRONG'}, {error:.1e} off")
+        print(f"\n{name} {walk}, measure {measure}: {'OK' if error < 1e-3 else 'WRONG'}, {error:.1e} off")
         spent = times(module, inputs)
         for kernel, sizes in BYTES.items():
             print(f"  {kernel:20} {spent[kernel]:.3f} ms, bytes {sizes * NUMBERS / rate:.3f}")

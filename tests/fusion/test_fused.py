@@ -39,7 +39,7 @@ def short_walks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter gets tiles of many rows and few steps, which has more edges and takes less time."""
     if DEVICE.type == "cpu":
         monkeypatch.setattr(fused, "_STEPS", 5)
-        monkeypatch.setattr(fused, "_WALKERS", 16)
+        monkeypatch.setattr(fused, "_WALKERS", 32)
 
 
 def make(**fields: Any) -> Engram:
@@ -64,29 +64,34 @@ def results(engram: Engram, form: str, inputs: list[Tensor], masks: list[Tensor 
 
 
 def compare(engram: Engram, inputs: list[Tensor], masks: list[Tensor | None], rtol: float) -> None:
-    """Each result within ``rtol`` of the twin's on the same numbers in fp32, as a share of its size."""
+    """Each result within ``rtol`` of the twin's on the same numbers in fp32, as a share of its size.
+
+    A style that rounds on the way to the gate loses more than that, wherever a score is near zero and its root steep.
+    It may lose four times what its twin loses in that type: the interpreter truncates and does not round.
+    """
     expected = results(engram, "fuse_naive", [tensor.float() for tensor in inputs], masks)
     found = results(engram, "fuse_triton", inputs, masks)
+    rounded = results(engram, "fuse_naive", inputs, masks) if engram.style.casts_after_norms else expected
     assert len(found) == len(expected)
-    for mine, theirs in zip(found, expected, strict=True):
+    for mine, theirs, lossy in zip(found, expected, rounded, strict=True):
         assert mine.isfinite().all()
-        error = (mine.float() - theirs.float()).norm() / theirs.float().norm().clamp_min(1e-3)
-        assert error < rtol, f"{tuple(mine.shape)}: {error:.2e}"
+        size = theirs.float().norm().clamp_min(1e-3)
+        error, loss = ((x.float() - theirs.float()).norm() / size for x in (mine, lossy))
+        assert error < rtol + 4 * loss, f"{tuple(mine.shape)}: {error:.2e}"
 
 
 def compare_random(
     engram: Engram, batch: int, tokens: int, dtype: torch.dtype, masked: bool, starts: float = 0.2
 ) -> None:
     """``compare`` on random numbers; where ``masked``, with dead tokens and documents that start with a chance of
-    ``starts``. Rounding the gate's parts to bf16 costs accuracy that its style gives up on purpose."""
+    ``starts``."""
     branches, hidden = engram.config.branches, engram.config.hidden
     streams = torch.randn(batch, tokens, branches, hidden).to(DEVICE, dtype)
     keys_value = torch.randn(batch, tokens, (branches + 1) * hidden).to(DEVICE, dtype)
     masks: list[Tensor | None] = [None, None]
     if masked:
         masks = [(torch.rand(batch, tokens) < share).to(DEVICE) for share in (0.8, starts)]
-    rounded = 5e-2 if engram.style.casts_after_norms else 2e-2
-    compare(engram, [streams, keys_value], masks, rtol=1e-3 if dtype == torch.float32 else rounded)
+    compare(engram, [streams, keys_value], masks, rtol=1e-3 if dtype == torch.float32 else 2e-2)
 
 
 @settings(max_examples=8, phases=(Phase.explicit, Phase.generate))  # an example takes too long to shrink
@@ -110,7 +115,7 @@ def test_equals_the_naive_form(
 
 @pytest.mark.parametrize(
     "dilation, tokens, starts",
-    [(1, 50, 0.2), (2, 31, 1.0), (3, 4, 0.0), (3, 33, 0.3)],
+    [(1, 40, 0.2), (2, 31, 1.0), (3, 4, 0.0), (3, 33, 0.3)],
     ids=["neighbours", "documents of one token", "shorter than the reach", "odd"],
 )
 def test_rows_cross_documents_and_sequences(
@@ -124,7 +129,7 @@ def test_rows_cross_documents_and_sequences(
 def test_rows_as_long_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     torch.manual_seed(0)
-    compare_random(make(branches=2, hidden=12), 2, 210, torch.float32, True)
+    compare_random(make(branches=2, hidden=12), 2, 110, torch.float32, True)
 
 
 @pytest.mark.gpu

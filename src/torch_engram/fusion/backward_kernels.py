@@ -10,8 +10,9 @@ With g the gradient of the output, per token and branch, and the names of :mod:`
     dk   =     A * h * w - C * k                                                 C = ds * s * rk**2 / D
     dv   = sum over branches of (alpha * g + r * dx - dr * alpha**3 / q**(3/2) / D * v)
 
-(t-j stands for j dilations back.) The kernels, in this order: dz; what v gets from the sum and through the
-convolution; the factors of a token and branch; dh and dk; what v gets through its norm. Sums over channels are left as
+(t-j stands for j dilations back.) The kernels, in this order: what v gets from the sum and through the convolution,
+in one walk along the tokens in which dz is never stored; the factors of a token and branch; dh and dk; what v gets
+through its norm. Sums over channels are left as
 one part a chunk of channels, sums over tokens as one part a block of tokens; both are added up afterwards, in order.
 """
 
@@ -37,7 +38,7 @@ from torch_engram.fusion.forward_kernels import (
 def _value_gradients(
     grad, keys_value, alpha, value_scale, kernel, age, grad_keys_value, row_sums, tap_sums, tokens, dilation,
     M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr, REACH: tl.constexpr,
-    BRANCHES: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    BRANCHES: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sum over branches of (alpha * g + r * dx) of the tokens that some rows walk through and a chunk of channels; the
     parts of sum(g * v) and of dr, ``[chunks, 2, M, n]``; and sum over these tokens of dz * r * v
@@ -48,8 +49,9 @@ def _value_gradients(
     seen = nothing(TAPS, BRANCHES, ROWS, CHUNK)
     sent = nothing(TAPS, BRANCHES, ROWS, CHUNK)
     totals = nothing(TAPS, BRANCHES, ROWS, CHUNK)
-    sums = row_sums + (chunk.to(tl.int64) * 2 * M + branch) * tokens
-    for step in range(-REACH, STEPS + REACH):
+    gate_sums = row_sums + (chunk.to(tl.int64) * 2 * M + branch) * tokens
+    scale_sums = row_sums + (chunk.to(tl.int64) * 2 * M + M + branch) * tokens
+    for step in tl.range(-REACH, STEPS + REACH, num_stages=STAGES):
         now = token + step * dilation
         if TAPS > 0:
             there = (now >= 0) & (now < tokens)
@@ -72,10 +74,10 @@ def _value_gradients(
         v = numbers(keys_value, done, value_column, there[:, :, None] & exists, (M + 1) * D)
         g = numbers(grad, done, column, there[:, :, None] & exists, M * D)
         dv = tl.load(alpha + place, mask=here, other=0.0)[:, :, None] * g
-        tl.store(sums + done, tl.sum(g * v, axis=2), mask=here)
+        tl.store(gate_sums + done, tl.sum(g * v, axis=2), mask=here)
         if TAPS > 0:
             dv += tl.load(value_scale + place, mask=here, other=0.0)[:, :, None] * sent[0]
-            tl.store(sums + M * tokens + done, tl.sum(sent[0] * v, axis=2), mask=here)
+            tl.store(scale_sums + done, tl.sum(sent[0] * v, axis=2), mask=here)
         dv = tl.broadcast_to(tl.sum(dv, axis=0, keep_dims=True), exists.shape[0], ROWS, CHUNK)
         at = done.to(tl.int64)[:, :, None] * ((M + 1) * D) + value_column
         alone = (there & (branch == 0))[:, :, None] & exists

@@ -1,9 +1,11 @@
 """The fusion's forward pass on a GPU, after the one matrix product: gates from row sums, then everything that is added.
 
 Tensors are read as rows of a token, n = B * T tokens in all: streams ``[n, M, D]``, keys and value ``[n, (M + 1) * D]``
-(M keys, then the value). Statistics of a token and branch are fp32 ``[n, M]``. Token numbers are int64: a tensor may
-have more than 2**31 elements. The gated value u = alpha * v is nowhere stored: its norm is one number a token and
-branch, so what the convolution reads is RMSNorm(u) = r * v * weight with r = alpha / sqrt(alpha**2 * mean(v**2) + eps).
+(M keys, then the value). Statistics of a token and branch are fp32 ``[n, M]``. There are fewer than 2**31 tokens, but a
+tensor may have more elements: places in it are int64. The gated value u = alpha * v is nowhere stored: its norm is one
+number a token and branch, so what the convolution reads is RMSNorm(u) = r * v * weight with
+r = alpha / sqrt(alpha**2 * mean(v**2) + eps). Kernels that convolve walk along the tokens and keep what the taps see in
+registers (``walkers``); a document starts where a token's ``age`` is less than what a tap looks back.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def _measure(
         kk = tl.zeros([TOKENS, CHUNK], tl.float32)
         hk = tl.zeros([TOKENS, CHUNK], tl.float32)
         for first in range(0, D, CHUNK):
-            h, k, wq, wk = agreeing(streams, keys_value, query_weight, key_weight, token, here, branch, first, M, D, CHUNK)
+            h, k, wq, wk = agreeing(
+                streams, keys_value, query_weight, key_weight, token, here, branch, first, M, D, CHUNK
+            )
             hh += h * h
             kk += k * k
             if not CASTS:
@@ -128,8 +132,8 @@ def walkers(
 
 @triton.jit
 def numbers(tensor, token, column, here, WIDTH: tl.constexpr):
-    """In fp32 the columns ``[BRANCHES, 1, CHUNK]`` of tokens ``[1, ROWS]`` of a tensor ``[tokens, WIDTH]``; zero where not
-    ``here``."""
+    """In fp32 the columns ``[BRANCHES, 1, CHUNK]`` of tokens ``[1, ROWS]`` of a tensor ``[tokens, WIDTH]``; zero where
+    not ``here``."""
     at = token.to(tl.int64)[:, :, None] * WIDTH + column
     return tl.load(tensor + at, mask=here, other=0.0).to(tl.float32)
 
@@ -176,14 +180,14 @@ def convolve(seen, weights, TAPS: tl.constexpr):
 def _add(
     streams, keys_value, alpha, value_scale, kernel, age, out, tokens, dilation,
     M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr, REACH: tl.constexpr,
-    BRANCHES: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    BRANCHES: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Streams h + alpha * v + SiLU(z) of the tokens that some rows walk through, and a chunk of channels."""
     _, _, branch, token, channel, exists = walkers(dilation, M, D, BRANCHES, STEPS, ROWS, CHUNK)
     column, value_column = branch[:, :, None] * D + channel, (M + 0 * branch)[:, :, None] * D + channel
     weights = tap_weights(kernel, column, exists, M, D, TAPS)
     seen = nothing(TAPS, BRANCHES, ROWS, CHUNK)
-    for step in range(-REACH, STEPS):  # the first steps only meet what a row's first tokens see
+    for step in tl.range(-REACH, STEPS, num_stages=STAGES):  # the first steps only meet what a row's first tokens see
         now = token + step * dilation
         there = (now >= 0) & (now < tokens)
         here, own = there & (branch < M), there & (branch < M) & (step >= 0)

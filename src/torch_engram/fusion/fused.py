@@ -1,9 +1,9 @@
 """The fusion after its matrix product as one operator for autograd and ``torch.compile``, on a GPU.
 
-``fuse_triton`` is the twin of :meth:`torch_engram.fusion.Engram.fuse_naive`, but for two roundings: what the convolution
-reads stays fp32 and is not rounded to the streams' type first, and where the gate has that type, the gated value is not
-rounded to it either. Gradients are fp32 throughout and rounded once. Between forward and backward it keeps its inputs and
-six fp32 numbers a token and branch; nothing of the streams' size besides.
+``fuse_triton`` is the twin of :meth:`torch_engram.fusion.Engram.fuse_naive`, but for two roundings: what the
+convolution reads stays fp32 and is not rounded to the streams' type first, and where the gate has that type, the gated
+value is not rounded to it either. Gradients are fp32 throughout and rounded once. Between forward and backward it keeps
+its inputs and six fp32 numbers a token and branch; nothing of the streams' size besides.
 Shapes: B batch, T tokens, n = B * T, M branches, d hidden, k taps.
 """
 
@@ -29,9 +29,9 @@ _TOKENS, _CHUNK = 16, 64
 """Tokens and channels of a tile: an access is 128 bytes wide in bf16."""
 _BLOCK = 128
 """Tokens that a program with such tiles goes through, and so of one part of a sum over tokens."""
-_STEPS, _WALKERS, _WALK_CHUNK, _WALK_WARPS = 64, 4, 64, 1
-"""Of the kernels that walk along the tokens: steps of a row, rows times branches of a tile, its channels, and warps. One
-warp has nothing to wait for and holds what the taps of four branches of 64 channels have met in its registers."""
+_STEPS, _WALKERS, _WALK_CHUNK, _WALK_WARPS, _STAGES = 64, 4, 64, 1, 2
+"""Of the kernels that walk along the tokens: steps of a row, rows times branches of a tile, its channels, its warps, and
+how many steps' loads are under way. One warp waits for no other, and its registers hold what four branches met."""
 _GATES = 128
 
 
@@ -55,8 +55,8 @@ def fuse_triton(
 
     ``streams`` ``[B, T, M, d]``; ``keys_value`` ``[B, T, (M + 1) * d]``; ``query_weight`` and ``key_weight`` fp32
     ``[M, d]``; ``conv_weight`` ``[M, d]`` and ``taps`` ``[k, M, d]`` fp32, both None without a
-    convolution; ``age`` int32 ``[B, T]``: how many positions it may look back; ``live`` bool ``[B, T]``. ``casts``: normed
-    queries and keys, and all from them to the gate, are rounded to the streams' type.
+    convolution; ``age`` int32 ``[B, T]``: how many positions it may look back; ``live`` bool ``[B, T]``. ``casts``:
+    normed queries and keys, and all from them to the gate, are rounded to the streams' type.
     """
     if taps is None or conv_weight is None:
         shape = query_weight.shape
@@ -126,13 +126,13 @@ def _fuse_backward(
         )  # fmt: skip
         tile: dict[str, Any] = {"M": branches, "D": hidden, "TOKENS": _TOKENS, "CHUNK": _chunk(hidden, _CHUNK)}
         _key_gradients[(key_blocks * key_chunks * branches,)](
-            grad, streams, keys_value, query_weight * key_weight, *factors[:3], grad_streams, grad_keys_value, weight_sums, tokens,
-            BLOCK=_BLOCK, **tile,
+            grad, streams, keys_value, query_weight * key_weight, *factors[:3], grad_streams, grad_keys_value,
+            weight_sums, tokens, BLOCK=_BLOCK, **tile,
         )  # fmt: skip
         if count:
             tiles = triton.cdiv(tokens, _TOKENS) * key_chunks
             _add_through_norm[(tiles,)](keys_value, factors[3], grad_keys_value, tokens, **tile)
-    of_weight = weight_sums.sum(0)  # of the product of the weights of queries and keys: the casts pass slopes as they are
+    of_weight = weight_sums.sum(0)  # of the product of both weights: casts pass slopes on as they are
     of_taps = tap_sums.sum(0)  # of dz * r * v: both parameters of the convolution multiply it
     grad_conv = (of_taps * taps).sum(0) if count else torch.empty_like(conv_weight)
     grad_taps = of_taps * conv_weight if count else torch.empty_like(taps)
@@ -173,7 +173,7 @@ def _walk(tokens: int, branches: int, hidden: int, taps: int, dilation: int) -> 
     rows = max(1, _WALKERS // padded)
     constants = {
         "M": branches, "D": hidden, "TAPS": taps, "REACH": max(taps - 1, 0), "BRANCHES": padded, "STEPS": _STEPS,
-        "ROWS": rows, "CHUNK": chunk, "num_warps": _WALK_WARPS,
+        "ROWS": rows, "CHUNK": chunk, "STAGES": _STAGES, "num_warps": _WALK_WARPS * max(1, padded // _WALKERS),
     }  # fmt: skip
     blocks = triton.cdiv(triton.cdiv(tokens, _STEPS * dilation) * dilation, rows)
     return blocks, triton.cdiv(hidden, chunk), constants
