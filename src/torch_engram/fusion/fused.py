@@ -30,8 +30,8 @@ _TOKENS, _CHUNK = 16, 64
 _BLOCK = 128
 """Tokens that a program with such tiles goes through, and so of one part of a sum over tokens."""
 _STEPS, _WALKERS, _WALK_CHUNK, _WALK_WARPS, _STAGES = 64, 4, 64, 1, 2
-"""Of the kernels that walk along the tokens: steps of a row, rows times branches of a tile, its channels, its warps, and
-how many steps' loads are under way. One warp waits for no other, and its registers hold what four branches met."""
+"""Of the kernels that walk along the tokens: steps of a row, rows times branches of a tile, its channels, its warps,
+and how many steps' loads are under way. One warp waits for no other, and its registers hold what four branches met."""
 _GATES = 128
 
 
