@@ -64,7 +64,7 @@ class Runs:
         cache = recipe.cache if self.share_cache else f"{self.folder}/cache"
         recipe = replace(recipe, out=self.folder, cache=cache, steps=_NEVER)
         if form != "ours":
-            recipe = replace(recipe, compile=form == "compile")
+            recipe = replace(recipe, compile=form == "compile", capture=False)
         if not with_lookups:  # so that no rows are under way
             recipe = replace(recipe, table=replace(recipe.table, prefetch=0))
         on_gpu = recipe.device == "cuda" and torch.cuda.is_available()

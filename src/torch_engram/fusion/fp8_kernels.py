@@ -27,8 +27,6 @@ _WORDS = torch.uint8, torch.float32
 _ROW_TILES = 16
 """Tiles of rows that share their columns while these are in the L2 cache."""
 _PRODUCT_WARPS, _PRODUCT_STAGES, _QUANTISE_WARPS = 8, 4, 8
-_CASTS = not triton.knobs.runtime.interpret
-"""A GPU rounds when it casts to E4M3; Triton's interpreter does not, so there the codes are made of integers."""
 
 
 def quantise_triton(x: Tensor, *, rows: bool = True, columns: bool = False, square: bool = False) -> list[Blocks]:
@@ -46,7 +44,7 @@ def quantise_triton(x: Tensor, *, rows: bool = True, columns: bool = False, squa
         (codes, scales), (codes_t, scales_t) = found[0], found[-1]
         _quantise[(height // WIDTH * (width // WIDTH),)](
             x, codes.view(torch.uint8), scales, codes_t.view(torch.uint8), scales_t, *x.shape, height, width,
-            ROWS=rows, COLUMNS=columns, SQUARE=square, CASTS=_CASTS, num_warps=_QUANTISE_WARPS,
+            ROWS=rows, COLUMNS=columns, SQUARE=square, num_warps=_QUANTISE_WARPS,
         )  # fmt: skip
     return found
 
@@ -86,25 +84,22 @@ def _scale(largest):
 
 
 @triton.jit
-def _encode(y, CASTS: tl.constexpr):
-    """E4M3 codes of sizes up to 448: to nearest, ties to even."""
-    if CASTS:
-        code = y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    else:
-        size = _size_bits(y)
-        # 20 of 23 fraction bits go, rounded by their half; the exponent's offset is 7 and no longer 127.
-        normal = (size + ((size >> 20) & 1) + (0x7FFFF - (120 << 23))) >> 20
-        # Below 2**-6 codes are 2**-9 apart, as fp32 is at 2**14: the sum is rounded, and its last bits are the code.
-        small = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-        code = tl.where(size < (121 << 23), small, tl.minimum(normal, 0x7F))  # 0x7F is NaN
-        code = (code | ((y.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
-    return code
+def _encode(y):
+    """E4M3 codes of sizes up to 448: to nearest, ties to even. Made of integers, for Triton's own cast gives other
+    codes in some layouts of a tile on a GPU, and does not round in the interpreter."""
+    size = _size_bits(y)
+    # 20 of 23 fraction bits go, rounded by their half; the exponent's offset is 7 and no longer 127.
+    normal = (size + ((size >> 20) & 1) + (0x7FFFF - (120 << 23))) >> 20
+    # Below 2**-6 codes are 2**-9 apart, as fp32 is at 2**14: the sum is rounded, and its last bits are the code.
+    small = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.where(size < (121 << 23), small, tl.minimum(normal, 0x7F))  # 0x7F is NaN
+    return (code | ((y.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit
 def _quantise(
     x, codes, scales, codes_t, scales_t, rows, columns, height, width,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SQUARE: tl.constexpr, CASTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SQUARE: tl.constexpr,
 ):  # fmt: skip
     """One tile of 128x128, along rows if ``SQUARE``; ``height`` and ``width`` are the padded sizes."""
     across = width // _TILE
@@ -116,7 +111,7 @@ def _quantise(
     size = _size_bits(value)
     if SQUARE:
         scale, factor = _scale(tl.max(tl.max(size, axis=1, keep_dims=True), axis=0, keep_dims=True))
-        code = _encode(value * factor, CASTS)
+        code = _encode(value * factor)
         # All of the tile has one scale: each writes the same number to the same place.
         at = scales + tile_column * (height // _TILE) + tile_row + tl.zeros([1, 1], tl.int32)
         tl.store(at, scale)
@@ -125,11 +120,11 @@ def _quantise(
         if ROWS:
             scale, factor = _scale(tl.max(size, axis=1))
             tl.store(scales + tile_column.to(tl.int64) * height + row, scale)
-            tl.store(codes + row[:, None] * width + column[None], _encode(value * factor[:, None], CASTS))
+            tl.store(codes + row[:, None] * width + column[None], _encode(value * factor[:, None]))
         if COLUMNS:
             scale, factor = _scale(tl.max(size, axis=0))
             tl.store(scales_t + tile_row.to(tl.int64) * width + column, scale)
-            code = _encode(value * factor[None], CASTS)
+            code = _encode(value * factor[None])
             tl.store(codes_t + column[:, None] * height + row[None], tl.trans(code))
 
 

@@ -51,6 +51,7 @@ def small_dense() -> Recipe:
         device="cuda",
         dtype="bf16",
         compile=True,
+        capture=True,
     )
 
 
