@@ -89,7 +89,7 @@ def times(module: Engram, inputs: list[Tensor]) -> dict[str, float]:
 
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    from timing import copy_rate
+    from torch_engram.bench.timing import copy_rate
 
     rate = copy_rate()
     print(f"copies move {rate / 1e9:.2f} TB/s")

@@ -23,13 +23,13 @@ from torch_engram.fusion.backward_kernels import (
 )
 from torch_engram.fusion.forward_kernels import _add, _measure
 
-_ROWS, _ROW_CHUNK, _ROW_WARPS = 16, 256, 16
+_ROWS, _ROW_CHUNK, _ROW_WARPS = 8, 512, 8
 """Tokens, channels and warps of a program that sums over channels: a warp has a row to itself."""
 _TOKENS, _CHUNK = 16, 64
 """Tokens and channels of a tile: an access is 128 bytes wide in bf16."""
 _BLOCK = 128
 """Tokens that a program with such tiles goes through, and so of one part of a sum over tokens."""
-_STEPS, _WALKERS, _WALK_CHUNK, _WALK_WARPS, _STAGES = 64, 4, 64, 1, 2
+_STEPS, _WALKERS, _WALK_CHUNK, _WALK_WARPS, _STAGES = 128, 4, 64, 1, 3
 """Of the kernels that walk along the tokens: steps of a row, rows times branches of a tile, its channels, its warps,
 and how many steps' loads are under way. One warp waits for no other, and its registers hold what four branches met."""
 _GATES = 128
