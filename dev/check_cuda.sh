@@ -1,5 +1,6 @@
 #!/bin/sh
-# Everything once on one CUDA GPU, its log on standard output: the tests marked gpu, then every verb of the command.
+# Everything once on one CUDA GPU, its log on standard output: the tests marked gpu, those that run kernels on a GPU where
+# there is one, then every verb of the command.
 #     sh dev/check_cuda.sh > cuda.log 2>&1
 export PYTHONPATH=src COLUMNS=160
 folder=$(mktemp -d)
@@ -11,8 +12,12 @@ engram() {
 date -u +%F
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 python -c "import sys, torch, triton; print('python', sys.version.split()[0], 'torch', torch.__version__, 'triton', triton.__version__)"
-python -m pytest tests -m gpu -n 8 -p no:cacheprovider -p no:benchmark -W default -rsxf --durations 8 --disable-warnings 2>&1 \
-    | sed "s#$folder#FOLDER#g" | tail -n 80
+tests() {
+    python -m pytest "$@" -n 14 -v -p no:cacheprovider -p no:benchmark -W default -rsxf --tb=short --show-capture=no \
+        --durations 8 --disable-warnings 2>&1 | grep -v PASSED | tail -n 80
+}
+tests tests -m gpu
+tests $(grep -rl 'cuda.is_available' tests --include='test_*.py') -m 'not gpu'
 engram demo --out "$folder/demo" --set device=cuda --set dtype=bf16 --set steps=40
 engram train small-engram --set device=cuda --set steps=20 --set seq_len=1024 --set out="$folder/runs" --set cache="$folder/cache"
 run=$folder/demo/runs/engram
