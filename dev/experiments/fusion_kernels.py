@@ -8,14 +8,13 @@ form in fp32, on two sequences of many documents. Bytes are counted once each, a
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from torch_engram.bench.timing import copy_rate
 from torch_engram.config import EngramConfig
 from torch_engram.fusion import Engram, fused
 
@@ -88,9 +87,6 @@ def times(module: Engram, inputs: list[Tensor]) -> dict[str, float]:
 
 
 def main() -> None:
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    from torch_engram.bench.timing import copy_rate
-
     rate = copy_rate()
     print(f"copies move {rate / 1e9:.2f} TB/s")
     module = engram("paper").bfloat16()

@@ -2,8 +2,8 @@
 
 PYTHONPATH=src python dev/experiments/loss_curves.py FOLDER [STEPS]
 
-Three forms of one run, three seeds each: *fast* (bf16, kernels, compiled), *naive* (the same in bf16 without kernels
-and compiler) and *exact* (naive in fp32, residual stream and experts too). 16,384 tokens a step. All runs share the GPU
+Three forms of one run, three seeds each: *fast* (bf16, kernels, compiled, captured), *naive* (bf16 without
+any of these) and *exact* (naive in fp32, residual stream and experts too). 16,384 tokens a step. All runs share the GPU
 at once, so nothing here is a speed. Writes ``loss-curves.csv``, form, seed and the mean loss of every 20 steps, and
 prints for each form the mean over seeds of the last 60 steps and those of the seeds.
 """

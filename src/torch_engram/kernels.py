@@ -30,7 +30,8 @@ def naive() -> Iterator[None]:
     """Within the block, no kernel of this library is launched from any thread: naive twins run on a GPU, too.
 
     A backward belongs into the block of its forward. What a bank prefetches on its own thread is fetched in the form
-    that holds when it gets there: call :meth:`~torch_engram.memory.MemoryBank.settle` before the block ends.
+    that holds when it gets there: call :meth:`~torch_engram.memory.MemoryBank.settle` before the block ends. Rows that
+    were prefetched before the block keep their form to the end of their step.
     """
     global _naive
     before, _naive = _naive, True

@@ -59,7 +59,11 @@ def test_one_op_alone(engram, tmp_path):
 
 @pytest.fixture(scope="module")
 def step_settings(corpus_file, tiny):
-    return (*tiny, "--set", f"data={corpus_file}", "--turns", "2", "--steps", "1")
+    settings = [
+        setting for setting in tiny if setting != "--set" and not setting.startswith(("steps=", "name=", "out="))
+    ]
+    sets = [part for setting in (*settings, f"data={corpus_file}") for part in ("--set", setting)]
+    return (*sets, "--turns", "2", "--steps", "1")
 
 
 def test_step(engram, tmp_path, step_settings):
@@ -89,6 +93,11 @@ def test_step(engram, tmp_path, step_settings):
         (("step", "tiny", "--against", "nave"), ("'nave'", "did you mean 'naive'?")),
         (("step", "tiny", "small-moe"), ("different devices", "--set device=cuda")),
         (("step", "tiny", "--set", "step=3"), ("no setting 'step'",)),
+        (("step", "tiny", "--set", "steps=3"), ("--set steps=3 has no meaning here", "--turns and --steps")),
+        (
+            ("ops", "--device", "cpu", "--tokens", "4000000000", "--only", "loss"),
+            ("do not fit into memory", "--tokens"),
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(engram, tmp_path, arguments, needles):
@@ -97,3 +106,10 @@ def test_a_mistake_is_one_sentence(engram, tmp_path, arguments, needles):
     for needle in needles:
         assert needle in done.err
     assert not (tmp_path / "bench").exists()
+
+
+@pytest.mark.parametrize("verb", ["ops", "step"])
+def test_a_folder_that_takes_no_files_is_found_out_first(engram, tmp_path, verb):
+    (tmp_path / "file").write_text("")
+    done = engram("bench", verb, "--out", str(tmp_path / "file" / "bench"))
+    assert done.code == 1 and "cannot be written" in done.err and "choose another folder with --out" in done.err

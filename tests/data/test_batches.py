@@ -39,6 +39,7 @@ def test_windows_in_order_equal_the_naive_loop(
 ) -> None:
     file = token_file_of([*lengths, 10])
     batches = PackedBatches(file, batch_size, seq_len)
+    assert batches.packs_documents == any(bool(batch.doc_start[:, 1:].any()) for batch in batches.in_order())
     rows = [
         (tokens.tolist(), targets.tolist(), doc_start.tolist())
         for batch in batches.in_order()

@@ -160,6 +160,11 @@ def test_near_the_plain_product(size: tuple[int, ...]) -> None:
         assert off(one, other) < CLOSE
 
 
+def test_widths_that_differ_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"x has 9 numbers a token, and the weight takes 8: give \[..., 8\]"):
+        fp8_linear(torch.randn(3, 9), torch.randn(16, 8))
+
+
 def test_only_what_is_wanted_is_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(5, 8, device=DEVICE), torch.randn(16, 8, device=DEVICE)
     whole = derivatives(fp8_linear, x, weight, torch.ones(5, 16))

@@ -61,6 +61,6 @@ def test_equals_the_cpu(branches: int, compiled: bool, bf16: bool, heads: int) -
             # In bf16 near ties between experts fall otherwise, and the signed root is steep where a score is near 0: a
             # few positions may differ by much, which says nothing about the others.
             alike = F.cosine_similarity(expected, got, dim=-1)[expected.norm(dim=-1) > 0]
-            assert alike.quantile(0.25) > 0.95
+            assert alike.quantile(0.25) > 0.95  # 0.964 was the least seen on an H100
         else:
             torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-3 * expected.abs().max().item())

@@ -136,6 +136,15 @@ def test_what_an_older_checkpoint_does_not_name_had_its_default(make_trainer):
     assert make_trainer(steps=3, resume_run=True).run().step == 3
 
 
+def test_a_checkpoint_of_another_version_is_refused(make_trainer):
+    facts = make_trainer(steps=2).run().checkpoint / "checkpoint.json"
+    content = json.loads(facts.read_text())
+    content["recipe"]["table"]["tomorrow"] = 1
+    facts.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"another version of torch-engram .*'tomorrow'.* Resume with that version"):
+        make_trainer(steps=3, resume_run=True)
+
+
 def test_a_run_in_fp8_resumes_bit_for_bit(make_trainer, run_steps, state_of, assert_same):
     whole = make_trainer(name="whole", fp8=True)
     assert whole.decoder.fp8

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch_engram.bench.results import Measurement
 from torch_engram.bench.timing import Shape, copy_rate, median, milliseconds, product_milliseconds
 from torch_engram.config import nearest
+from torch_engram.train.build import require_compiler
 
 Work = Callable[[], Any]
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -129,11 +130,10 @@ def choose_ops(names: Sequence[str]) -> list[str]:
 
 
 class Stand:
-    """Where ops are timed: their sizes, and the rates of the device, measured when first asked for."""
+    """Where ops are timed: their sizes, and the copy rate of the device, which is measured first."""
 
     def __init__(self, sizes: Sizes, against: str | None = None, repeats: int = 30):
-        if against is not None and against not in AGAINST:
-            raise ValueError(f"There is nothing to compare with named {against!r}: {nearest(against, AGAINST)}")
+        require_against(against)
         self.sizes, self.against, self.repeats = sizes, against, repeats
         self.copy_rate = copy_rate(sizes.device)
         """Bytes a millisecond."""
@@ -147,7 +147,9 @@ class Stand:
             ours = self._milliseconds(made.ours)
             limit = self._limit(made)
             return Timed(name, ours, limit, None if self.against is None else self._twin(name, made))
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _is_about_memory(error):
+                raise
             raise ValueError(f"{name} and its twin do not fit into memory: lower --tokens or --hidden.") from error
 
     def _milliseconds(self, work: Work) -> list[float]:
@@ -168,6 +170,18 @@ class Stand:
         device, dtype = self.sizes.device, made.product_dtype
         products = {shape: median(product_milliseconds(shape, dtype, device)) for shape in set(made.products)}
         return made.moved / self.copy_rate + sum(products[shape] for shape in made.products)
+
+
+def require_against(against: str | None) -> None:
+    """Raises ``ValueError`` for a form that there is not, or that this machine cannot make."""
+    if against is not None and against not in AGAINST:
+        raise ValueError(f"There is nothing to compare with named {against!r}: {nearest(against, AGAINST)}")
+    if against == "compile":
+        require_compiler("--against compile", "use --against naive")
+
+
+def _is_about_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def with_sizes(device: str, dtype: str | None, **given: int | None) -> Sizes:

@@ -18,7 +18,8 @@ OPS_HEAD = ("p20", "p50", "p80", "limit", "times it")
 STEP_HEAD = ("p20", "p50", "p80", "tokens/s", "MFU", "GiB", "lookups")
 READING = (
     "The limit is what this device could do at best: the bytes that must move, at the rate of a copy, and the matrix "
-    "products that must be done, as torch.mm does them, both measured in the same run. No program reaches 1.0 times it."
+    "products that must be done, as torch.mm does them, both measured in the same run. 1.0 times it is out of reach,"
+    " unless all that is touched fits into caches, as small sizes do on a CPU."
 )
 
 

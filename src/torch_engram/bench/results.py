@@ -59,6 +59,13 @@ def write_csv(path: Path, lead: Sequence[str], rows: Iterable[tuple[Sequence[str
         file.write(text.getvalue().encode())
 
 
+def require_writable(folder: Path) -> None:
+    """Raises ``ValueError`` for a folder that cannot be made, or that takes no files."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{folder} cannot be written, as {there} takes no files: choose another folder with --out.")
+
+
 def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
     """p20, p50 and p80, interpolated; of one sample, that sample."""
     if len(samples) == 1:

@@ -1,8 +1,9 @@
 """Whole training steps of recipes, in turns in one process: what is compared sees the same clock rates.
 
 Models train for real, data included. A run is in one of three forms: as its recipe is; ``naive``, where this library's
-kernels give way to their twins and nothing is compiled; ``compile``, the twins in compiled blocks. What is no kernel
-stays in all three: sorting experts' tokens, the loss in chunks, Muon in batches, the prefetch.
+kernels give way to their twins and nothing is compiled or captured; ``compile``, the twins in compiled blocks, not
+captured either. What is no kernel stays in all three: sorting experts' tokens, the loss in chunks, Muon in batches, the
+prefetch.
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_engram.bench.ops import AGAINST, DTYPES
+from torch_engram.bench.ops import DTYPES, require_against
 from torch_engram.bench.results import Measurement
 from torch_engram.bench.timing import in_turns, median, product_rate, wall_milliseconds
-from torch_engram.config import nearest
 from torch_engram.kernels import naive
 from torch_engram.memory import Memory
 from torch_engram.train.build import Text
+from torch_engram.train.guards import deterministic_kernels
 from torch_engram.train.loop import Trainer
+from torch_engram.train.network_pass import CapturedPass
 from torch_engram.train.recipe import Recipe
 
 _NEVER = 1_000_000
@@ -41,7 +44,8 @@ class Run:
 
     def take(self, steps: int) -> float:
         """Milliseconds of a step, the mean of so many."""
-        with nullcontext() if self.form == "ours" else naive():
+        deterministic = deterministic_kernels(self.trainer.recipe.deterministic)
+        with deterministic, nullcontext() if self.form == "ours" else naive():
             took = wall_milliseconds(self.step, steps, self.trainer.recipe.device)
             for bank in self.trainer.banks.values():
                 bank.settle()
@@ -49,12 +53,13 @@ class Run:
 
 
 class Runs:
-    """Runs that share the text that they read. Nothing is written into ``folder`` but, without ``cache``, the text's
-    cache."""
+    """Runs that share the text that they read, and the memory of captured steps, for they take turns. Nothing is
+    written into ``folder`` but the text's cache, unless ``share_cache`` leaves that to the recipe's."""
 
     def __init__(self, folder: str, *, warm_up: int = 5, share_cache: bool = False):
         self.folder, self.warm_up, self.share_cache = folder, warm_up, share_cache
         self._texts: dict[tuple[object, ...], Text] = {}
+        self._pool: Any = None
 
     def start(self, recipe: Recipe, form: str = "ours", *, with_lookups: bool = True) -> Run:
         """A run that has taken its first steps. Without lookups its embeddings are constants that nobody fetched.
@@ -90,6 +95,8 @@ class Runs:
         source = (recipe.data, recipe.text_field, recipe.tokenizer, recipe.model.vocab_size, recipe.validation_share)
         trainer = Trainer(recipe, text=self._texts.get(source))
         self._texts[source] = trainer.text
+        if isinstance(trainer.network_pass, CapturedPass):
+            self._pool = trainer.network_pass.pool = self._pool or trainer.network_pass.pool
         trainer.decoder.train()
         return trainer
 
@@ -110,6 +117,9 @@ class _Constant:
         return Memory(wait)
 
     done = True
+
+    def discard(self) -> None:
+        """Nothing."""
 
     def of(self, bank: object) -> bool:
         """Anybody's."""
@@ -146,9 +156,11 @@ def without_lookups(trainer: Trainer) -> Callable[[], object]:
     def step() -> None:
         for name, bank in trainer.banks.items():
             bank.prefetch = partial(_constant, constants[name])  # type: ignore[method-assign, assignment]
-        trainer.train_step()
-        for bank in trainer.banks.values():
-            del bank.prefetch
+        try:
+            trainer.train_step()
+        finally:
+            for bank in trainer.banks.values():
+                del bank.prefetch
 
     return step
 
@@ -199,8 +211,7 @@ def time_steps(
 ) -> list[StepTimes]:
     """Train every recipe, its other form, and its form without lookups, so many steps a turn. Raises ``ValueError``
     for recipes of several devices, and as :meth:`Runs.start` does."""
-    if against is not None and against not in AGAINST:
-        raise ValueError(f"There is nothing to compare with named {against!r}: {nearest(against, AGAINST)}")
+    require_against(against)
     if len({recipe.device for recipe in recipes}) > 1:
         raise ValueError("The recipes are for different devices: choose one for all, as with --set device=cuda.")
     started: dict[str, Run] = {}

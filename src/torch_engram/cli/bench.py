@@ -23,7 +23,7 @@ bench = typer.Typer(
 Against = Annotated[
     str | None, typer.Option(help="Compare with the plain PyTorch form (naive), or with it compiled (compile).")
 ]
-Out = Annotated[Path, typer.Option(help="Folder for the CSV and the page.")]
+Out = Annotated[Path, typer.Option(help="Folder for the CSV and the page; those of an earlier run are replaced.")]
 
 
 @bench.command()
@@ -32,12 +32,14 @@ def ops(
     only: Annotated[list[str] | None, typer.Option("--only", metavar="OP", help="Time this op; repeatable.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; by default cuda where there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; by default bf16 on a GPU.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens of a step.")] = None,
-    hidden: Annotated[int | None, typer.Option(help="Hidden width; a row has a sixteenth of it.")] = None,
+    tokens: Annotated[int | None, typer.Option(max=1 << 32, help="Tokens of a step, a multiple of 64.")] = None,
+    hidden: Annotated[
+        int | None, typer.Option(max=1 << 20, help="Width, a multiple of 128; a row has a sixteenth.")
+    ] = None,
     branches: Annotated[int | None, typer.Option(min=2, max=8, help="Residual branches.")] = None,
-    rows: Annotated[int | None, typer.Option(min=16, help="Rows of a layer's table.")] = None,
-    vocab: Annotated[int | None, typer.Option(min=2, help="Token ids.")] = None,
-    experts: Annotated[int | None, typer.Option(min=1, help="Experts, 3 of them a token.")] = None,
+    rows: Annotated[int | None, typer.Option(min=32, max=1 << 40, help="Rows of a layer's table.")] = None,
+    vocab: Annotated[int | None, typer.Option(min=3, max=1 << 24, help="Token ids.")] = None,
+    experts: Annotated[int | None, typer.Option(min=1, max=1 << 16, help="Experts, 3 of them a token.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each.")] = 30,
     out: Out = Path("engram-bench"),
 ) -> None:
@@ -50,7 +52,7 @@ def ops(
 
     from torch_engram.bench.ops import Stand, choose_ops, with_sizes
     from torch_engram.bench.page import ops_page
-    from torch_engram.bench.results import write_csv
+    from torch_engram.bench.results import require_writable, write_csv
     from torch_engram.durable import replacing
     from torch_engram.train.build import require_device
 
@@ -61,6 +63,7 @@ def ops(
     sizes = with_sizes(
         device, dtype, tokens=tokens, hidden=hidden, branches=branches, rows=rows, vocab=vocab, experts=experts
     )
+    require_writable(out)  # now, and not after all was timed
     with console.status("Measuring copies") as status:
         stand, timed = Stand(sizes, against, repeats), []
         for name in names:
@@ -68,6 +71,8 @@ def ops(
             timed.append(stand.time(name))
     console.print(_ops_table(timed, against))
     console.print(f"Milliseconds. {sizes.describe()}; copies move {stand.copy_rate / 1e9:.3g} TB/s.", soft_wrap=True)
+    if device == "cpu":
+        console.print("Without a GPU no kernel runs: most ops are plain PyTorch in both forms.", soft_wrap=True)
     found = [(one.name, measured) for one in timed for measured in one.measurements(against)]
     write_csv(out / "ops.csv", ("op", "sizes"), (((name, sizes.describe()), one) for name, one in found), device)
     with replacing(out / "ops.html") as file:
@@ -100,7 +105,7 @@ def step(
     from rich.console import Console
 
     from torch_engram.bench.page import steps_page
-    from torch_engram.bench.results import write_csv
+    from torch_engram.bench.results import require_writable, write_csv
     from torch_engram.bench.steps import Runs, measurements, over_experts, time_steps
     from torch_engram.bench.timing import median
     from torch_engram.durable import replacing
@@ -109,13 +114,21 @@ def step(
     console = Console()
     on_gpu = torch.cuda.is_available()
     names = recipes or (["small-dense", "small-moe", "small-engram"] if on_gpu else ["tiny"])
+    for setting in settings or []:
+        if setting.partition("=")[0].strip() in ("steps", "name", "out"):
+            raise ValueError(
+                f"--set {setting} has no meaning here: --turns and --steps say what is timed, and --out where it goes."
+            )
     chosen = [change(get_recipe(name), settings or []) for name in names]
+    require_writable(out)  # now, and not after all was timed
     with tempfile.TemporaryDirectory() as folder, console.status("Reading the corpus, then training in turns"):
         timed = time_steps(Runs(folder, share_cache=True), chosen, against, turns, steps)
     console.print(_step_table(timed, against))
-    peak = f"{timed[0].flops_per_ms / 1e9:,.3g} TFLOP/s"
+    rates = {one.recipe.dtype: one.flops_per_ms / 1e9 for one in timed}
+    peak = ", ".join(f"{rate:,.3g} TFLOP/s in {dtype}" for dtype, rate in rates.items())
     console.print(
-        f"Milliseconds. MFU is of one large matrix product, here {peak}; lookups are what they add to a step."
+        f"Milliseconds. MFU is of one large matrix product, here {peak}; lookups are what they add to a "
+        "step, less than nothing by chance."
     )
     for one, other, ratios in over_experts(timed):
         times = f"{median(ratios):.3f} times"

@@ -83,6 +83,12 @@ class PackedBatches:
         self.seed = seed
         self.windows = (len(token_file) - 1) // seq_len
 
+    @property
+    def packs_documents(self) -> bool:
+        """Whether in any window a document begins after the first token, so that attention needs a mask there."""
+        starts = self.token_file.starts
+        return bool((starts[starts < self.windows * self.seq_len] % self.seq_len).any())
+
     def batch(self, step: int) -> Batch:
         """Batch number `step`, counted from 0 over all epochs."""
         first = step * self.batch_size

@@ -113,6 +113,7 @@ def _gate_slopes(
     tokens, chunks, conv_eps, scale, M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """A, B, C and the factor of v of one branch of some tokens, each fp32 ``[n, M]``; ``scale`` is 1 / sqrt(D)."""
+    tokens = tl.cast(tokens, tl.int64)
     branch = tl.program_id(1)
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     here = token < tokens

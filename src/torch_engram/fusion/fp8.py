@@ -61,10 +61,15 @@ def require_fp8(device: torch.device | str) -> None:
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As ``F.linear``, its product and those of its gradients in FP8: ``[..., N]`` of the type that it would give.
 
-    ``x`` is ``[..., E]``, ``weight`` ``[N, E]`` of any floating type, ``bias`` ``[N]``. On a GPU by
-    kernels, elsewhere by the same formula in fp32. A number that is not finite makes all sums over its block not
-    finite.
+    ``x`` is ``[..., E]``, ``weight`` ``[N, E]`` of any floating type, ``bias`` ``[N]``. On a GPU by kernels,
+    elsewhere by the same formula in fp32; cuBLAS on Hopper rounds every product to bf16 first. A number that is not
+    finite makes all sums over its block not finite. Raises ``ValueError`` for widths that differ.
     """
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x has {x.shape[-1]} numbers a token, and the weight takes {weight.shape[1]}: "
+            f"give [..., {weight.shape[1]}]."
+        )
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     y: Tensor = _linear(x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous())

@@ -55,7 +55,7 @@ class RowAdam(RowOptimizer):
 
 def kept(group: dict[str, Any]) -> float:
     """What a row is multiplied by before its update: decoupled weight decay (arXiv 1711.05101)."""
-    share: float = 1 - group["lr"] * group["weight_decay"]
+    share: float = 1 - float(group["lr"]) * group["weight_decay"]
     return share
 
 

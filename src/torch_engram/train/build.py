@@ -17,7 +17,7 @@ from torch import nn
 
 from torch_engram.addressing import CanonicalVocab
 from torch_engram.config import EngramConfig
-from torch_engram.data import TokenFiles, load_tokenizer, open_corpus, tokenize_corpus, train_bpe
+from torch_engram.data import PackedBatches, TokenFiles, load_tokenizer, open_corpus, tokenize_corpus, train_bpe
 from torch_engram.data.corpora import Corpus
 from torch_engram.durable import replacing
 from torch_engram.fusion import require_fp8
@@ -52,15 +52,20 @@ def require_device(device: str) -> None:
         )
 
 
-def require_compiler() -> None:
-    """Raises ``ValueError`` when there is no C++ compiler for ``torch.compile``."""
+def require_compiler(what: str = "compile=true", instead: str = "set compile=false") -> None:
+    """Raises ``ValueError`` when ``what`` asks for ``torch.compile`` and there is no C++ compiler."""
     named = os.environ.get("CXX")
     if not any(map(shutil.which, [named] if named else ["g++", "clang++", "c++", "cl"])):
-        raise ValueError("compile=true needs a C++ compiler, such as g++: install one, or set compile=false.")
+        raise ValueError(f"{what} needs a C++ compiler, such as g++: install one, or {instead}.")
 
 
 def require_machine(recipe: Recipe) -> None:
     """Raises ``ValueError`` when this machine does not have what the recipe asks for."""
+    if recipe.device == "cuda" and recipe.capture and not torch.cuda.is_available():
+        raise ValueError(
+            "device is 'cuda', but PyTorch sees no GPU here: set device=cpu and capture=false, or use a CUDA build of "
+            "torch with a GPU."
+        )
     require_device(recipe.device)
     if recipe.compile:
         require_compiler()
@@ -150,13 +155,13 @@ def build_banks(recipe: Recipe, model: DecoderConfig, vocab: CanonicalVocab) -> 
     }
 
 
-def build_pass(recipe: Recipe, decoder: Decoder, banks: Mapping[str, MemoryBank]) -> NetworkPass:
-    """What takes a micro-batch forward and backward."""
-    # Only attention that is given a mask has deterministic kernels.
-    kind = {"mixed": recipe.dtype == "bf16", "masked": recipe.deterministic}
-    if recipe.capture:
-        return CapturedPass(decoder, banks, recipe.batch_size, recipe.seq_len, **kind)
-    return NetworkPass(decoder, **kind)
+def build_pass(recipe: Recipe, decoder: Decoder, banks: Mapping[str, MemoryBank], data: PackedBatches) -> NetworkPass:
+    """What takes a micro-batch of ``data`` forward and backward."""
+    mixed, masked = recipe.dtype == "bf16", recipe.deterministic  # only attention with a mask has such kernels
+    if recipe.capture:  # one graph for all batches, though a few may need no mask
+        masked = masked or data.packs_documents
+        return CapturedPass(decoder, banks, recipe.batch_size, recipe.seq_len, mixed=mixed, masked=masked)
+    return NetworkPass(decoder, mixed=mixed, masked=masked)
 
 
 def build_optimizers(recipe: Recipe, decoder: Decoder) -> list[torch.optim.Optimizer]:

@@ -98,7 +98,7 @@ class Trainer:
         self._start_at_zero_or_resume(resume_run)
         if recipe.compile:
             self.decoder.compile_blocks(dynamic=False)  # a step's shapes never change
-        self._pass = build_pass(recipe, self.decoder, self.banks)
+        self.network_pass = build_pass(recipe, self.decoder, self.banks, self.data)
         self._ahead: deque[_Prepared] = deque()
         self._drawn = self.step
         self._stop = False
@@ -136,7 +136,13 @@ class Trainer:
         facts = read_facts(newest)
         if self.recipe.steps < facts["step"]:
             raise ValueError(f"{newest} is past steps={self.recipe.steps}: resume with {facts['step']} or more.")
-        before = Recipe.from_dict(facts["recipe"]).to_dict()  # what it does not name had its default
+        try:
+            before = Recipe.from_dict(facts["recipe"]).to_dict()  # what it does not name had its default
+        except ValueError as error:
+            raise ValueError(
+                f"{newest} was saved by another version of torch-engram ({error}) Resume with that version, or start "
+                "anew under another name=."
+            ) from error
         for key, (saved, mine) in differences(before, self.recipe.to_dict()).items():
             raise ValueError(
                 f"{newest} was trained with {key}={saved}, not {mine}: resume with --set {key}={saved}, or start anew "
@@ -173,7 +179,9 @@ class Trainer:
         prepared = self._next()
         targets = max(1, sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in prepared.batches))
         divisor = torch.full((), float(targets), device=self.recipe.device)
-        losses = [self._pass(batch, prepared.rows, micro, divisor) for micro, batch in enumerate(prepared.batches)]
+        losses = [
+            self.network_pass(batch, prepared.rows, micro, divisor) for micro, batch in enumerate(prepared.batches)
+        ]
         for rows in prepared.rows.values():
             rows.reduce()
         norm = self._clip()

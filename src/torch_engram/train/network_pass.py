@@ -59,7 +59,8 @@ class CapturedPass(NetworkPass):
     """The same, captured after some passes: the host then launches one graph in place of thousands of kernels.
 
     Gradients are added up in tensors that stay, so zero them and never set them to None. Batches are ``batch_size``
-    sequences of ``seq_len`` tokens. Those that need a mask and those that do not have a graph each.
+    sequences of ``seq_len`` tokens, and either all are given a mask (``masked``) or none may need one. Passes that take
+    turns may share a ``pool`` of memory; whatever else is in it must not be used while a pass runs.
     """
 
     def __init__(
@@ -73,59 +74,63 @@ class CapturedPass(NetworkPass):
         masked: bool,
     ):
         super().__init__(decoder, mixed=mixed, masked=masked)
+        self.pool = torch.cuda.graph_pool_handle()
         self._banks = banks
         device = decoder.embedding.weight.device
         self._tokens = torch.zeros(batch_size, seq_len, dtype=torch.int64, device=device)
         self._targets = torch.full_like(self._tokens, IGNORE_INDEX)
-        self._doc_start = torch.zeros(batch_size, seq_len, dtype=torch.bool, device=device)
+        self._doc_start = torch.zeros(batch_size, seq_len, dtype=torch.bool, device=device) if masked else None
         self._divisor = torch.ones((), device=device)
         self._memories = {name: FixedMemory(bank, batch_size, seq_len) for name, bank in banks.items()}
         self._stream = torch.cuda.Stream(device)
-        self._passes = {False: 0, True: 0}  # by whether there is a mask
-        self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._passes = 0
+        self._graph: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
 
     def __call__(self, batch: Batch, rows: Mapping[str, WorkingSet], micro: int, divisor: Tensor) -> Tensor:
         """See :class:`NetworkPass`; everything is brought to where the graph reads it."""
-        needs_mask = self._needs_mask(batch)
-        for mine, given in (
-            (self._tokens, batch.tokens),
-            (self._targets, batch.targets),
-            (self._doc_start, batch.doc_start),
-            (self._divisor, divisor),
-        ):
-            mine.copy_(given, non_blocking=True)
-        for name, memory in self._memories.items():
-            memory.load(rows[name], micro)
-        loss = self._replay(needs_mask)
-        for memory in self._memories.values():
-            memory.merge()
+        assert batch.tokens.shape == self._tokens.shape, "a captured pass takes batches of one shape"
+        assert self._masked or not self._needs_mask(batch), "a pass without masks met documents side by side"
+        self._tokens.copy_(batch.tokens, non_blocking=True)
+        self._targets.copy_(batch.targets, non_blocking=True)
+        self._divisor.copy_(divisor, non_blocking=True)
+        if self._doc_start is not None:
+            self._doc_start.copy_(batch.doc_start, non_blocking=True)
+        try:
+            for name, memory in self._memories.items():
+                memory.load(rows[name], micro)
+            loss = self._replay()
+            for memory in self._memories.values():
+                memory.merge()
+        except BaseException:
+            for step in rows.values():  # a step that is given up need not be merged before the next one is loaded
+                step.discard()
+            raise
         return loss
 
-    def _replay(self, needs_mask: bool) -> Tensor:
+    def _replay(self) -> Tensor:
         """The loss of what was loaded, by a graph as soon as there is one."""
-        if self._passes[needs_mask] < _WARM_UP:
-            self._passes[needs_mask] += 1
+        if self._passes < _WARM_UP:
+            self._passes += 1
             current = torch.cuda.current_stream(self._stream.device)
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
-                loss = self._compute(needs_mask)
+                loss = self._compute()
             current.wait_stream(self._stream)
             return loss
-        if needs_mask not in self._graphs:
-            self._graphs[needs_mask] = self._capture(needs_mask)
-        graph, loss = self._graphs[needs_mask]
+        if self._graph is None:
+            self._graph = self._capture()
+        graph, loss = self._graph
         graph.replay()
         return loss.clone()
 
-    def _compute(self, needs_mask: bool) -> Tensor:
+    def _compute(self) -> Tensor:
         memory = join(*self._memories.values()) if self._memories else None
-        return self._run(self._tokens, self._targets, self._doc_start if needs_mask else None, memory, self._divisor)
+        return self._run(self._tokens, self._targets, self._doc_start, memory, self._divisor)
 
-    def _capture(self, needs_mask: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         for bank in self._banks.values():
             bank.settle()  # another thread that asks for memory now would spoil the capture
         graph = torch.cuda.CUDAGraph()
-        pool = next((held.pool() for held, _ in self._graphs.values()), None)
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-            loss = self._compute(needs_mask)
+        with torch.cuda.graph(graph, pool=self.pool, stream=self._stream, capture_error_mode="thread_local"):
+            loss = self._compute()
         return graph, loss

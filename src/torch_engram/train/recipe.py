@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch_engram.config import nearest, need
+from torch_engram.config import checked_fields, nearest, need
 from torch_engram.memory.bank import require_known
 from torch_engram.models import DecoderConfig
 from torch_engram.optim import ROW_OPTIMIZERS
@@ -173,13 +173,13 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Recipe:
-        """Inverse of :meth:`to_dict`."""
+        """Inverse of :meth:`to_dict`. Raises ``ValueError`` for a field that there is not."""
         nested = {
             "model": DecoderConfig.from_dict(fields["model"]),
-            "rates": Rates(**fields["rates"]),
-            "table": TableRecipe(**fields["table"]),
+            "rates": Rates(**checked_fields(Rates, fields["rates"])),
+            "table": TableRecipe(**checked_fields(TableRecipe, fields["table"])),
         }
-        return cls(**{**fields, **nested})
+        return cls(**{**checked_fields(cls, fields), **nested})
 
 
 _FREE_TO_CHANGE = {
