@@ -28,6 +28,8 @@ AGAINST = ("naive", "compile")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-3}
 """Largest error, relative in norm to results in fp32."""
+_TURNS = 3
+"""In which an op and its twin are timed."""
 
 
 @dataclass(frozen=True)
@@ -144,23 +146,35 @@ class Stand:
         try:
             made = OPS[name](self.sizes)
             require_right(name, made)
-            ours = self._milliseconds(made.ours)
-            limit = self._limit(made)
-            return Timed(name, ours, limit, None if self.against is None else self._twin(name, made))
+            twin = None if self.against is None else self._twin(name, made)
+            ours, against = self._in_turns(made.ours, twin)
+            return Timed(name, ours, self._limit(made), against)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not _is_about_memory(error):
                 raise
             raise ValueError(f"{name} and its twin do not fit into memory: lower --tokens or --hidden.") from error
 
-    def _milliseconds(self, work: Work) -> list[float]:
-        return milliseconds(work, self.repeats, 3, self.sizes.device)
+    def _in_turns(self, ours: Work, twin: Work | None) -> tuple[list[float], list[float] | None]:
+        """Milliseconds of both, a part of the calls each turn, so that what changes meanwhile changes for both."""
+        of_ours: list[float] = []
+        of_twin: list[float] = []
+        turns = min(_TURNS, self.repeats)
+        for turn in range(turns):
+            calls = self.repeats * (turn + 1) // turns - self.repeats * turn // turns
+            of_ours += milliseconds(ours, calls, 3, self.sizes.device)
+            if twin is not None:
+                of_twin += milliseconds(twin, calls, 3, self.sizes.device)
+        return of_ours, of_twin or None
 
-    def _twin(self, name: str, made: Op) -> list[float] | None:
+    def _twin(self, name: str, made: Op) -> Work | None:
+        """The twin's work, past its first call."""
         if self.against == "naive":
-            return self._milliseconds(made.naive(lambda function: function))
+            return made.naive(lambda function: function)
         torch._dynamo.reset()  # what other ops compiled counts towards this one's limit of variants
         try:
-            return self._milliseconds(made.naive(lambda function: torch.compile(function, dynamic=False)))
+            work = made.naive(lambda function: torch.compile(function, dynamic=False))
+            work()
+            return work
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().partition("\n")[0]
             warnings.warn(f"torch.compile cannot compile the plain form of {name}: {reason}", stacklevel=2)
