@@ -50,7 +50,7 @@ def recipe(folder: str, rows: int, prefetch: int) -> Recipe:
         engrams={"engram": engram},
     )  # fmt: skip
     return Recipe(
-        f"rows-{rows}-{prefetch}", model, out=folder, cache=f"{folder}/cache", seq_len=1024, batch_size=64,
+        f"rows-{rows}-{prefetch}", model, out=folder, seq_len=1024, batch_size=64,
         steps=10_000, device="cuda", dtype="bf16", compile=True,
         table=TableRecipe(optimizer="rowwise_adam", codec="bf16", prefetch=prefetch),
     )  # fmt: skip

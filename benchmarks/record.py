@@ -36,7 +36,7 @@ def record(
             writer.writerow(HEADER)
         writer.writerow([claim, *measured.cells(), name, versions, commit(), date])
     p20, p50, p80 = measured.quantiles
-    print(f"{claim} {case}: {p50:.6g} {unit} (p20 {p20:.6g}, p80 {p80:.6g}, n {len(samples)})")
+    print(f"{claim} {case}: {p50:.6g} {unit} (p20 {p20:.6g}, p80 {p80:.6g}, n {len(samples)})", flush=True)
 
 
 def commit() -> str:

@@ -54,10 +54,10 @@ class Run:
 
 class Runs:
     """Runs that share the text that they read, and the memory of captured steps, for they take turns. Nothing is
-    written into ``folder`` but the text's cache, unless ``share_cache`` leaves that to the recipe's."""
+    written but the text's cache, where the recipe has it."""
 
-    def __init__(self, folder: str, *, warm_up: int = 5, share_cache: bool = False):
-        self.folder, self.warm_up, self.share_cache = folder, warm_up, share_cache
+    def __init__(self, folder: str, *, warm_up: int = 5):
+        self.folder, self.warm_up = folder, warm_up
         self._texts: dict[tuple[object, ...], Text] = {}
         self._pool: Any = None
 
@@ -66,8 +66,7 @@ class Runs:
 
         Raises ``ValueError`` as :class:`Trainer` does, and for a model that does not fit into memory.
         """
-        cache = recipe.cache if self.share_cache else f"{self.folder}/cache"
-        recipe = replace(recipe, out=self.folder, cache=cache, steps=_NEVER)
+        recipe = replace(recipe, out=self.folder, steps=_NEVER)
         if form != "ours":
             recipe = replace(recipe, compile=form == "compile", capture=False)
         if not with_lookups:  # so that no rows are under way

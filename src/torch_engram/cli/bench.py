@@ -122,7 +122,7 @@ def step(
     chosen = [change(get_recipe(name), settings or []) for name in names]
     require_writable(out)  # now, and not after all was timed
     with tempfile.TemporaryDirectory() as folder, console.status("Reading the corpus, then training in turns"):
-        timed = time_steps(Runs(folder, share_cache=True), chosen, against, turns, steps)
+        timed = time_steps(Runs(folder), chosen, against, turns, steps)
     console.print(_step_table(timed, against))
     rates = {one.recipe.dtype: one.flops_per_ms / 1e9 for one in timed}
     peak = ", ".join(f"{rate:,.3g} TFLOP/s in {dtype}" for dtype, rate in rates.items())
