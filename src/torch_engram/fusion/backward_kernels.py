@@ -12,8 +12,8 @@ With g the gradient of the output, per token and branch, and the names of :mod:`
 
 (t-j stands for j dilations back.) The kernels, in this order: what v gets from the sum and through the convolution,
 in one walk along the tokens in which dz is never stored; the factors of a token and branch; dh and dk; what v gets
-through its norm. Sums over channels are left as
-one part a chunk of channels, sums over tokens as one part a block of tokens; both are added up afterwards, in order.
+through its norm. Sums over channels are left as one part a chunk of channels, sums over tokens as one part a block of
+tokens; both are added up afterwards, in order.
 """
 
 from __future__ import annotations

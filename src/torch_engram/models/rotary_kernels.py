@@ -85,6 +85,13 @@ def _place_of(tokens, D: tl.constexpr, HALF: tl.constexpr, TOKENS: tl.constexpr)
 
 
 @triton.jit
+def _angles(cos, sin, sequence, token, pair, inside, D: tl.constexpr):
+    """Cosines and sines of some tokens; ``sequence`` is where those of their sequence begin."""
+    angle = sequence + token[:, None] * (D // 2) + pair[None]
+    return tl.load(cos + angle, mask=inside, other=0.0), tl.load(sin + angle, mask=inside, other=0.0)
+
+
+@triton.jit
 def _halves(at, inside, D: tl.constexpr):
     """Both halves of a head of some tokens."""
     a = tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -115,9 +122,7 @@ def _norm_turn(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     batch, token, pair, inside = _place_of(tokens, D, HALF, TOKENS)
-    angle = batch * turns + token[:, None] * (D // 2) + pair[None]
-    c = tl.load(cos + angle, mask=inside, other=0.0)
-    s = tl.load(sin + angle, mask=inside, other=0.0)
+    c, s = _angles(cos, sin, batch * turns, token, pair, inside, D)
     row = (batch * tokens + token)[:, None]
     x = qkv + row * ((H + 2 * G) * D) + pair[None]
     _turn_heads(x, query_norm, c, s, query + row * (H * D) + pair[None], inside, pair, eps, H, D)
@@ -153,9 +158,7 @@ def _norm_turn_backward(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     batch, token, pair, inside = _place_of(tokens, D, HALF, TOKENS)
-    angle = batch * turns + token[:, None] * (D // 2) + pair[None]
-    c = tl.load(cos + angle, mask=inside, other=0.0)
-    s = tl.load(sin + angle, mask=inside, other=0.0)
+    c, s = _angles(cos, sin, batch * turns, token, pair, inside, D)
     at = (batch * tokens + token)[:, None] * ((H + 2 * G) * D) + pair[None]
     part = parts + tl.program_id(0).to(tl.int64) * (2 * D)
     grad = grad_query + batch * query_b + token[:, None] * query_t + pair[None]

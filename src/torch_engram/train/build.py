@@ -42,13 +42,13 @@ class Text:
     vocab: CanonicalVocab
 
 
-def require_device(device: str) -> None:
+def require_device(device: str, instead: str = "use device cpu") -> None:
     """Raises ``ValueError`` for an unknown device, or when a GPU is asked for and absent."""
     if device not in DEVICES:
         raise ValueError(f"There is no device {device!r}: use 'cpu' or 'cuda'.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "device is 'cuda', but PyTorch sees no GPU here: use device cpu, or a CUDA build of torch with a GPU."
+            f"device is 'cuda', but PyTorch sees no GPU here: {instead}, or a CUDA build of torch with a GPU."
         )
 
 
@@ -61,12 +61,7 @@ def require_compiler(what: str = "compile=true", instead: str = "set compile=fal
 
 def require_machine(recipe: Recipe) -> None:
     """Raises ``ValueError`` when this machine does not have what the recipe asks for."""
-    if recipe.device == "cuda" and recipe.capture and not torch.cuda.is_available():
-        raise ValueError(
-            "device is 'cuda', but PyTorch sees no GPU here: set device=cpu and capture=false, or use a CUDA build of "
-            "torch with a GPU."
-        )
-    require_device(recipe.device)
+    require_device(recipe.device, "use device=cpu with capture=false" if recipe.capture else "use device cpu")
     if recipe.compile:
         require_compiler()
     if recipe.capture:
