@@ -26,7 +26,7 @@ from torch_engram.bench.ops import error
 from torch_engram.bench.ops import nbytes as size
 from torch_engram.models import rotary_kernels, router_kernels
 from torch_engram.models.attention import _SMALL_TILES
-from torch_engram.models.layout import _compiled_block_mask, find_places, lay_out
+from torch_engram.models.layout import find_places, lay_out
 from torch_engram.models.rotary import turn_naive
 from torch_engram.models.rotary_fused import turn_fused
 from torch_engram.models.router import choose_naive
@@ -175,20 +175,15 @@ def attention(batch: int = 128, tokens: int = 1024, heads: int = 8) -> None:
     inputs, grad = [tensor.requires_grad_() for tensor in (query, key, qkv)], torch.randn_like(query)
     starts, expected = packed(batch, tokens), []
     line = partial(attend, inputs=inputs, grad=grad, expected=expected)
-    document = starts.cumsum(1)
-
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (document[batch, query] == document[batch, key])
-
-    def block_mask(side: int) -> BlockMask:
-        return _compiled_block_mask()(sees, batch, None, tokens, tokens, device=DEVICE, BLOCK_SIZE=side)
 
     def whole(query: Tensor, key: Tensor, qkv: Tensor) -> Sequence[Tensor]:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             rows = [x.transpose(1, 2) for x in (query, key, values(qkv))]
             return (F.scaled_dot_product_attention(*rows, is_causal=True).transpose(1, 2),)
 
-    present = lay_out(find_places(torch.zeros_like(document), starts, None, None), tokens, 64, 1e4, torch.bfloat16)
+    present = lay_out(
+        find_places(torch.zeros_like(starts, dtype=torch.int64), starts, None, None), tokens, 64, 1e4, torch.bfloat16
+    )
     assert present.block_mask is not None
     line("flex, as the decoder has it", flex(present.block_mask, **_SMALL_TILES))
 
@@ -201,13 +196,8 @@ def attention(batch: int = 128, tokens: int = 1024, heads: int = 8) -> None:
     line("varlen, padded to 2,048 documents", by_documents(padded, tokens))
     line("cuDNN, whole sequences (other results)", whole)
 
-    line("flex, no dead tokens asked for", flex(block_mask(128), **_SMALL_TILES))
-    line("flex, a mask of blocks of 64", flex(block_mask(64), **_SMALL_TILES))
-    for side in (64, 128):
-        mask = milliseconds(partial(block_mask, side))
-        print(f"  making a mask of blocks of {side} takes {mask:.3f} ms", flush=True)
-    safe = dict(ROWS_GUARANTEED_SAFE=True, BLOCKS_ARE_CONTIGUOUS=True)
-    line("flex, rows safe and blocks contiguous", flex(present.block_mask, **_SMALL_TILES, **safe))
+    for name, options in OPTIONS.items():
+        line(f"flex, {name}", flex(present.block_mask, **_SMALL_TILES, **options))
     for forward, backward in TILES:
         name = f"flex {'x'.join(map(str, forward))} back {'x'.join(map(str, backward))}"
         line(name, flex(present.block_mask, **tiles(forward, backward)))
@@ -217,12 +207,18 @@ def attention(batch: int = 128, tokens: int = 1024, heads: int = 8) -> None:
     line("varlen by cuDNN", by_documents(exact, tokens, cudnn=True))
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "every row sees itself": dict(ROWS_GUARANTEED_SAFE=True),
+    "loads by the tensor copy engine": dict(USE_TMA=True),
+    "queries scaled first": dict(PRESCALE_QK=True),
+}
 # M, N, warps, stages of the way forward, and M1, N1, M2, N2, warps, stages of the way back.
 TILES = [
+    ((64, 64, 4, 2), (32, 64, 64, 32, 4, 2)),
     ((128, 64, 4, 3), (64, 64, 64, 64, 4, 2)),
-    ((64, 64, 4, 2), (64, 64, 64, 64, 8, 2)),
-    ((128, 128, 8, 3), (32, 128, 128, 32, 4, 2)),
-    ((64, 32, 4, 3), (32, 64, 64, 32, 4, 2)),
+    ((128, 64, 8, 3), (64, 64, 64, 64, 8, 2)),
+    ((64, 128, 4, 2), (32, 128, 128, 32, 4, 2)),
+    ((64, 32, 4, 3), (64, 128, 128, 64, 8, 2)),
 ]
 
 

@@ -37,12 +37,18 @@ def orthogonalise(update: Tensor) -> Tensor:
 
 
 def orthogonalise_batch(x: Tensor) -> Tensor:
-    """:func:`orthogonalise` of bf16 ``[count, m, n]`` with m <= n, sums taken inside the matrix products."""
+    """:func:`orthogonalise` of bf16 ``[count, m, n]`` with m <= n, with sums inside the matrix products.
+
+    a is added to the diagonal of the polynomial, which is smaller than the matrices: a product that adds to something
+    first copies it.
+    """
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     a, b, c = _COEFFICIENTS
     for _ in range(_ITERATIONS):
         gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        x = torch.bmm(polynomial, x)
     return x
 
 
@@ -114,27 +120,23 @@ def _batches(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
 
 
 def _update(batch: list[_Piece], group: dict[str, Any]) -> None:
-    """One step of matrices of one size, the wide ones first and then the tall ones, turned."""
-    wide, tall = [piece for piece in batch if not piece.tall], [piece for piece in batch if piece.tall]
-    directions = [part for pieces in (wide, tall) if pieces for part in _nesterov(pieces, group["momentum"])]
-    done = orthogonalise_batch(torch.cat(directions))
-    del directions
-    step = -group["lr"] * 0.2 * max(batch[0].grad.shape[1:]) ** 0.5
-    turned = sum(len(piece.grad) for piece in wide)
-    for pieces, result in ((wide, done[:turned]), (tall, done[turned:].mT)):
-        if not pieces:
-            continue
-        parameters = [piece.parameter for piece in pieces]
-        if group["weight_decay"]:
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        # Of the parameters' type and order in memory: only then one launch serves many tensors.
-        result = result.to(parameters[0].dtype).contiguous()
-        torch._foreach_add_(parameters, result.split([len(piece.grad) for piece in pieces]), alpha=step)
+    """One step of matrices of one size, the tall ones turned."""
+    grads, momenta = [piece.grad for piece in batch], [piece.momentum for piece in batch]
+    rows, columns = sorted(grads[0].shape[1:])
+    counts = [len(grad) for grad in grads]
+    directions = torch.empty(sum(counts), rows, columns, dtype=torch.bfloat16, device=grads[0].device)
+    torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+    nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
+    torch._foreach_copy_(_turned(directions.split(counts), batch), nesterov)
+    del nesterov
+    steps = _turned(orthogonalise_batch(directions).split(counts), batch)
+    parameters = [piece.parameter for piece in batch]
+    if group["weight_decay"]:
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+    for parameter, step in zip(parameters, steps, strict=True):  # one by one they are cast on the way
+        parameter.add_(step, alpha=-group["lr"] * 0.2 * columns**0.5)
 
 
-def _nesterov(pieces: list[_Piece], momentum: float) -> Iterator[Tensor]:
-    """Advance the momenta of pieces of one shape; bf16 ``[count, m, n]``, m <= n, that shall be orthogonalised."""
-    grads, momenta = [piece.grad for piece in pieces], [piece.momentum for piece in pieces]
-    torch._foreach_lerp_(momenta, grads, 1 - momentum)
-    stacked = torch.cat([part.bfloat16() for part in torch._foreach_lerp(grads, momenta, momentum)])
-    yield stacked.mT if pieces[0].tall else stacked
+def _turned(stacks: Iterable[Tensor], pieces: list[_Piece]) -> list[Tensor]:
+    """Views of stacks of wide matrices as their pieces lie."""
+    return [stack.mT if piece.tall else stack for stack, piece in zip(stacks, pieces, strict=True)]
