@@ -20,13 +20,13 @@ from torch_engram.fusion import Engram, fused
 
 HIDDEN, BRANCHES, SHAPE, REPEATS = 2560, 4, (4, 4096), 12
 WALKS = {  # steps, rows times branches, channels, warps and stages of the kernels that walk
-    "a warp": (64, 4, 64, 1, 2),
-    "a warp that does not load ahead": (64, 4, 64, 1, 1),
-    "a warp of half as many numbers": (64, 4, 32, 1, 3),
-    "longer rows": (128, 4, 64, 1, 3),
-    "four warps": (64, 16, 64, 4, 2),
+    "a warp": (128, 4, 64, 1, 3),
+    "a warp that loads less far ahead": (128, 4, 64, 1, 2),
+    "longer rows": (164, 4, 64, 1, 3),
+    "rows twice as long": (256, 4, 64, 1, 3),
+    "a warp of half as many numbers": (128, 4, 32, 1, 3),
 }
-MEASURES = [(16, 256, 16), (16, 128, 8), (8, 256, 8), (8, 512, 8), (8, 128, 4)]
+MEASURES = [(8, 512, 8), (8, 512, 4), (8, 256, 8), (16, 256, 16), (4, 512, 4)]
 """Tokens, channels and warps of ``_measure``, one for each of the walks."""
 NUMBERS = 2 * SHAPE[0] * SHAPE[1] * HIDDEN
 """Bytes of one branch of the streams."""
