@@ -19,10 +19,15 @@ for tool in memcheck racecheck; do
             --launch-timeout 120 python -m pytest "$file" -p no:cacheprovider -p no:benchmark -p no:xdist -W default \
             -k 'not compile and not traced' --disable-warnings --tb=line > "$folder/$name" 2>&1 &
     done
-    wait
 done
+wait
+# A hazard's two accesses, on lines of their own, are put on one; of their places in the machine code is told whether they
+# are one instruction, by which threads of a warp store the same number.
 for log in "$folder"/*; do
     echo "== $(basename "$log")"
-    grep -E '^[0-9]+ (passed|failed)|passed|failed|SUMMARY|Error|Hazard|=========     at ' "$log" | sort | uniq -c | sort -rn | head -n 12
+    sed -E 's/.*(Error|Warning): Race reported between/=== \1:/; s/ \[[0-9]+ hazards\]//' "$log" \
+        | sed -E '/^=== /{N; s/\n=========[ ]+and/ and/}' \
+        | sed -E 's/(\S+\+0x[0-9a-f]+) in (\S+) and (\w+) access at \1 in .*/\1 in \2 and \3, one instruction/; s/\+0x[0-9a-f]+//g' \
+        | grep -E '[0-9]+ (passed|failed)|SUMMARY|Error|=========     at ' | sort | uniq -c | sort -rn | head -n 16
 done
 rm -rf "$folder"

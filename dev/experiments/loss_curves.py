@@ -3,7 +3,7 @@
 PYTHONPATH=src python dev/experiments/loss_curves.py FOLDER [STEPS]
 
 Three forms of one run, three seeds each: *fast* (bf16, kernels, compiled, captured), *naive* (bf16 without
-any of these) and *exact* (naive in fp32, residual stream and experts too). 16,384 tokens a step. All runs share the GPU
+any of these) and *exact* (naive in fp32, residual stream and experts too). 8,192 tokens a step. All runs share the GPU
 at once, so nothing here is a speed. Writes ``loss-curves.csv``, form, seed and the mean loss of every 20 steps, and
 prints for each form the mean over seeds of the last 60 steps and those of the seeds.
 """
@@ -35,7 +35,7 @@ def train(folder: Path, form: str, seed: int, steps: int) -> None:
     """One run; its losses, one a line, go to a file of its own."""
     recipe = replace(
         get_recipe("small-engram"), name=f"{form}-{seed}", seed=seed, out=str(folder), cache=str(folder / "cache"),
-        batch_size=16, steps=steps, warmup=20, **FORMS[form],
+        batch_size=8, steps=steps, warmup=20, **FORMS[form],
     )  # fmt: skip
     trainer = Trainer(recipe)
     trainer.decoder.train()

@@ -66,6 +66,19 @@ def test_equals_the_twin(size: tuple[int, int, int, int], dtype: torch.dtype, it
         torch.testing.assert_close(mine.float() / scale, twin / scale, msg=lambda m, n=number: f"{n}: {m}", **close)
 
 
+@pytest.mark.parametrize("branches", [2, 4, 8])
+def test_far_from_balanced(branches: int) -> None:
+    """Weights up to e**40 apart: neither factors nor their gradients leave fp32's range."""
+    streams, output, weight, strength, static = leaves((1, 9, branches, 8), torch.float32)
+    with torch.no_grad():
+        static[2 * branches :] = 40 * torch.rand(branches**2, device=DEVICE)
+    inputs = streams, output, weight, strength, static
+    got, expected = (both_ways(*forms, inputs, 20) for forms in ((read_fused, write_fused), (read_naive, write_naive)))
+    for mine, twin in zip(got, expected, strict=True):
+        assert mine.isfinite().all()
+        torch.testing.assert_close(mine, twin, rtol=1e-3, atol=1e-4)
+
+
 def test_what_is_read_and_never_written_has_a_gradient() -> None:
     streams, _, *parameters = leaves((2, 5, 3, 8), torch.float32)
     wanted = [streams, *parameters]

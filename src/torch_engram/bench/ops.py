@@ -8,6 +8,7 @@ reads and writes is in the product's own time. The limit leaves out all that a b
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -171,12 +172,14 @@ class Stand:
         if self.against == "naive":
             return made.naive(lambda function: function)
         torch._dynamo.reset()  # what other ops compiled counts towards this one's limit of variants
+        torch._logging.set_logs(dynamo=logging.ERROR, inductor=logging.ERROR)  # type: ignore[attr-defined]
         try:
-            work = made.naive(lambda function: torch.compile(function, dynamic=False))
-            work()
+            with warnings.catch_warnings(action="ignore"):
+                work = made.naive(lambda function: torch.compile(function, dynamic=False))
+                work()
             return work
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = " ".join(str(error).split("\n", 2)[:2]).strip()  # the second line says why, where there is one
             warnings.warn(f"torch.compile cannot compile the plain form of {name}: {reason}", stacklevel=2)
             return None
 

@@ -2,7 +2,9 @@
 
 n tokens, M branches, d hidden, K = 2M + M^2 coefficients a token (pre, post, and res row by row). Streams are
 contiguous ``[n, M, d]``; coefficients, sums and parameters are fp32. Tokens are int64: n * M * d may pass 2**31.
-The backward kernels are in :mod:`torch_engram.models.hyper_backward_kernels`.
+To read is a product of streams and weight, in which the norm is a factor that follows; what becomes of a token's
+coefficients, a thread each; and a sum of branches. The backward kernels are in
+:mod:`torch_engram.models.hyper_backward_kernels`.
 """
 
 from __future__ import annotations
@@ -12,14 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_READ_TOKENS, _READ_COLUMNS = 32, 64
-_WRITE_TOKENS, _WRITE_COLUMNS = 8, 256
+from torch_engram.models.sinkhorn_kernels import exponentials, sinkhorn
 
-
-def matrix_width(branches: int) -> int:
-    """Columns that a kernel gives the mixing matrix: a power of 2, and at least 16 cells for a matrix product."""
-    width: int = triton.next_power_of_2(branches)
-    return max(4, width)
+_PRODUCT_TOKENS, _STAGES = 64, 3
+"""Tokens of a tile of the product, and how many tiles' loads are under way."""
+THREADS = 32
+"""Tokens of a program that has a thread for each: one warp, so that their sums are shuffles."""
+_READ_NUMBERS, _WRITE_NUMBERS, _COLUMNS = 2048, 1024, 512
+"""Most numbers of a branch that a program reads from or writes to, and most of one token's."""
 
 
 def read_triton(
@@ -32,14 +34,22 @@ def read_triton(
     """
     tokens, branches, width = streams.shape
     assert branches <= 8
+    count = len(static)
     read = streams.new_empty(tokens, width)
-    shapes = ((tokens, branches, branches), (tokens, branches), (tokens, len(static)), (tokens,))
+    shapes = ((tokens, branches, branches), (tokens, branches), (tokens, count), (tokens,))
     h_res, h_post, dynamic, factor = (streams.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    _read[(triton.cdiv(tokens, _READ_TOKENS),)](
-        streams, weight, strength, static, read, h_res, h_post, dynamic, factor, tokens, width, eps, iterations,
-        M=branches, Q=matrix_width(branches), SHORT=streams.dtype == torch.bfloat16,
-        TOKENS=_READ_TOKENS, COLUMNS=_READ_COLUMNS,
+    short = streams.dtype == torch.bfloat16
+    high = weight.bfloat16() if short else weight  # in two parts bf16 holds 16 of the 24 bits of an fp32 number
+    low = (weight - high).bfloat16() if short else weight
+    _coefficients[(triton.cdiv(tokens, _PRODUCT_TOKENS),)](
+        streams, high, low, dynamic, factor, tokens, branches * width, eps,
+        NATIVE=streams.is_cuda, TOKENS=_PRODUCT_TOKENS, STAGES=_STAGES, num_warps=8, **product_tile(count, short),
     )  # fmt: skip
+    _settle[(triton.cdiv(tokens, THREADS),)](
+        dynamic, strength, static, h_res, h_post, tokens, iterations, M=branches, TOKENS=THREADS, num_warps=1
+    )
+    grid, tile = tiles(tokens, width, _READ_NUMBERS)
+    _mix[grid](streams, dynamic, strength, static, read, tokens, width, M=branches, **tile)
     return read, h_res, h_post, dynamic, factor
 
 
@@ -47,99 +57,122 @@ def write_triton(streams: Tensor, output: Tensor, h_res: Tensor, h_post: Tensor)
     """The branches mixed, with ``output`` ``[n, d]`` spread over them: ``[n, M, d]`` of the streams' type."""
     tokens, branches, width = streams.shape
     written = torch.empty_like(streams)
-    grid = (triton.cdiv(tokens, _WRITE_TOKENS), triton.cdiv(width, _WRITE_COLUMNS))
-    _write[grid](
-        streams, output, h_res, h_post, written, tokens, width,
-        M=branches, TOKENS=_WRITE_TOKENS, COLUMNS=_WRITE_COLUMNS,
-    )  # fmt: skip
+    grid, tile = tiles(tokens, width, _WRITE_NUMBERS)
+    _write[grid](streams, output, h_res, h_post, written, tokens, width, M=branches, **tile)
     return written
 
 
-@triton.jit
-def product(exact, other, total, SHORT: tl.constexpr):
-    """Adds exact @ other to total, as near as fp32 gives it, on tensor cores that keep 10 bits of a fraction.
+def product_tile(count: int, short: bool) -> dict[str, int]:
+    """Constants of a product with K coefficients, of bf16 or not. Wider tiles of longer numbers or of more coefficients
+    do not fit."""
+    padded = max(16, triton.next_power_of_2(count))
+    return {"K": count, "COUNT": padded, "SHORT": short, "COLUMNS": 128 if short and padded <= 32 else 64}
 
-    With SHORT, ``exact`` came from bf16 and fits: then ``other`` in two parts is enough.
-    """
-    if SHORT:
-        high = other.to(tl.bfloat16).to(tl.float32)
-        total = tl.dot(exact, high, total, input_precision="tf32")
-        total = tl.dot(exact, other - high, total, input_precision="tf32")
+
+def tiles(tokens: int, width: int, numbers: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """A grid of tiles of tokens and columns, and their sizes."""
+    columns = min(_COLUMNS, triton.next_power_of_2(width))
+    rows = numbers // columns
+    return (triton.cdiv(tokens, rows), triton.cdiv(width, columns)), {"TOKENS": rows, "COLUMNS": columns}
+
+
+@triton.jit
+def product(left, right, total, NATIVE: tl.constexpr):
+    """Adds left @ right of bf16 to total. Triton's interpreter, which is not NATIVE, cannot multiply bf16."""
+    if NATIVE:
+        total = tl.dot(left, right, total)
     else:
-        total = tl.dot(exact, other, total, input_precision="tf32x3")
+        total = tl.dot(left.to(tl.float32), right.to(tl.float32), total)
     return total
 
 
 @triton.jit
-def positive(logits, row, column, M: tl.constexpr):
-    """exp(logits) up to a factor a token, ``[TOKENS, Q, Q]``; an identity in the rows and columns past M."""
-    inside = (row < M) & (column < M)
-    top = tl.max(tl.max(tl.where(inside, logits, float("-inf")), axis=2), axis=1)
-    return tl.where(inside, tl.exp(logits - top[:, None, None]), tl.where(row == column, 1.0, 0.0))
+def branches(streams, token, column, inside, width, M: tl.constexpr):
+    """A tuple of each branch's numbers ``[TOKENS, COLUMNS]`` in fp32, zero where not ``inside``."""
+    numbers = ()
+    for branch in tl.static_range(M):
+        at = (token * M + branch)[:, None] * width + column[None]
+        numbers = numbers + (tl.load(streams + at, mask=inside, other=0.0).to(tl.float32),)
+    return numbers
 
 
 @triton.jit
-def _read(
-    streams, weight, strength, static, read, h_res, h_post, dynamic, factor, tokens, width, eps, iterations,
-    M: tl.constexpr, Q: tl.constexpr, SHORT: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+def _coefficients(
+    streams, high, low, dynamic, factor, tokens, size, eps,
+    K: tl.constexpr, COUNT: tl.constexpr, SHORT: tl.constexpr, NATIVE: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """The norm's factor of some tokens, and the product of their normed streams and the weight."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     here = token < tokens
-    size = M * width
-    count: tl.constexpr = 2 * M + M * M
-
-    # Coefficients stand in two tiles: pre and post, 8 columns each, and the matrix, Q by Q. Their places among K:
-    side = tl.arange(0, 16)
-    side_at, side_in = (side // 8) * M + side % 8, side % 8 < M
-    cell = tl.arange(0, Q * Q)
-    cell_at, cell_in = 2 * M + (cell // Q) * M + cell % Q, (cell // Q < M) & (cell % Q < M)
-
-    sides, cells = tl.zeros([TOKENS, 16], tl.float32), tl.zeros([TOKENS, Q * Q], tl.float32)
-    square = tl.zeros([TOKENS], tl.float32)
-    for start in range(0, size, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        inside = column < size
-        at = token[:, None] * size + column[None]
-        x = tl.load(streams + at, mask=here[:, None] & inside[None], other=0.0).to(tl.float32)
-        square += tl.sum(x * x, axis=1)
-        w = tl.load(weight + side_at[None] * size + column[:, None], mask=side_in[None] & inside[:, None], other=0.0)
-        sides = product(x, w, sides, SHORT)
-        w = tl.load(weight + cell_at[None] * size + column[:, None], mask=cell_in[None] & inside[:, None], other=0.0)
-        cells = product(x, w, cells, SHORT)
-
-    # The norm is a factor a token, so it may follow the product.
-    scale = 1.0 / tl.sqrt(square / size + eps)
-    sides, cells = sides * scale[:, None], cells * scale[:, None]
+    key = tl.arange(0, COUNT)
+    total = tl.zeros([TOKENS, COUNT], tl.float32)
+    squares = tl.zeros([TOKENS, COLUMNS], tl.float32)
+    for first in tl.range(0, size, COLUMNS, num_stages=STAGES):
+        column = first + tl.arange(0, COLUMNS)
+        exists = column < size
+        x = tl.load(streams + token[:, None] * size + column[None], mask=here[:, None] & exists[None], other=0.0)
+        at, inside = key[None] * size + column[:, None], (key < K)[None] & exists[:, None]
+        w = tl.load(high + at, mask=inside, other=0.0)
+        if SHORT:
+            total = product(x, w, total, NATIVE)
+            total = product(x, tl.load(low + at, mask=inside, other=0.0), total, NATIVE)
+        else:
+            total = tl.dot(x, w, total, input_precision="tf32x3")
+        wide = x.to(tl.float32)
+        squares += wide * wide
+    scale = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / size + eps)
     tl.store(factor + token, scale, mask=here)
-    tl.store(dynamic + token[:, None] * count + side_at[None], sides, mask=here[:, None] & side_in[None])
-    tl.store(dynamic + token[:, None] * count + cell_at[None], cells, mask=here[:, None] & cell_in[None])
+    at = dynamic + token[:, None] * K + key[None]
+    tl.store(at, total * scale[:, None], mask=here[:, None] & (key < K)[None])
 
-    sides = tl.load(strength + side // 8)[None] * sides + tl.load(static + side_at, mask=side_in, other=0.0)[None]
-    sides = tl.sigmoid(sides)
-    is_post = side_in & (side >= 8)
-    tl.store(h_post + token[:, None] * M + side[None] % 8, 2.0 * sides, mask=here[:, None] & is_post[None])
 
-    cells = tl.load(strength + 2) * cells + tl.load(static + cell_at, mask=cell_in, other=0.0)[None]
-    row, other = tl.arange(0, Q)[None, :, None], tl.arange(0, Q)[None, None, :]
-    matrix = positive(tl.reshape(cells, [TOKENS, Q, Q]), row, other, M)
-    for _ in range(iterations):
-        matrix = matrix / tl.sum(matrix, axis=1)[:, None, :]
-        matrix = matrix / tl.sum(matrix, axis=2)[:, :, None]
-    tl.store(
-        h_res + token[:, None, None] * (M * M) + row * M + other,
-        matrix,
-        mask=here[:, None, None] & (row < M) & (other < M),
-    )
+@triton.jit
+def _settle(
+    dynamic, strength, static, h_res, h_post, tokens, iterations, M: tl.constexpr, TOKENS: tl.constexpr
+):  # fmt: skip
+    """H_post and H_res of some tokens."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    here = token < tokens
+    moved = dynamic + token * (2 * M + M * M)
+    gain = tl.load(strength + 1)
+    for branch in tl.static_range(M):
+        post = gain * tl.load(moved + M + branch, mask=here, other=0.0) + tl.load(static + M + branch)
+        tl.store(h_post + token * M + branch, 2.0 * tl.sigmoid(post), mask=here)
+    matrix = exponentials(logits(moved, strength, static, here, M), M)
+    matrix = sinkhorn(matrix, iterations, M)
+    for cell in tl.static_range(M * M):
+        tl.store(h_res + token * (M * M) + cell, matrix[cell], mask=here)
 
-    for start in range(0, width, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        inside = here[:, None] & (column < width)[None]
-        mixed = tl.zeros([TOKENS, COLUMNS], tl.float32)
-        for branch in tl.static_range(M):
-            pre = tl.sum(tl.where((side == branch)[None], sides, 0.0), axis=1)
-            at = token[:, None] * size + branch * width + column[None]
-            mixed += pre[:, None] * tl.load(streams + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(read + token[:, None] * width + column[None], mixed.to(read.dtype.element_ty), mask=inside)
+
+@triton.jit
+def logits(moved, strength, static, here, M: tl.constexpr):
+    """Logarithms of what Sinkhorn's iterations balance, a tuple of M * M, from tokens' coefficients at ``moved``."""
+    gain = tl.load(strength + 2)
+    cells = ()
+    for cell in tl.static_range(M * M):
+        dynamic = tl.load(moved + 2 * M + cell, mask=here, other=0.0)
+        cells = cells + (gain * dynamic + tl.load(static + 2 * M + cell),)
+    return cells
+
+
+@triton.jit
+def _mix(
+    streams, dynamic, strength, static, read, tokens, width,
+    M: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """What the layer reads: branches by H_pre."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    here = token < tokens
+    inside = here[:, None] & (column < width)[None]
+    x = branches(streams, token, column, inside, width, M)
+    gain = tl.load(strength)
+    total = tl.zeros([TOKENS, COLUMNS], tl.float32)
+    for branch in tl.static_range(M):
+        moved = tl.load(dynamic + token * (2 * M + M * M) + branch, mask=here, other=0.0)
+        total += tl.sigmoid(gain * moved + tl.load(static + branch))[:, None] * x[branch]
+    tl.store(read + token[:, None] * width + column[None], total.to(read.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -147,17 +180,16 @@ def _write(
     streams, output, h_res, h_post, written, tokens, width,
     M: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """Branches by H_res, and the layer's output by H_post."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     here = token < tokens
     inside = here[:, None] & (column < width)[None]
+    x = branches(streams, token, column, inside, width, M)
     added = tl.load(output + token[:, None] * width + column[None], mask=inside, other=0.0).to(tl.float32)
-    at = token[:, None] * (M * width) + column[None]
-    # A branch is loaded once for every branch that it enters; after the first time it comes from the cache.
     for row in tl.static_range(M):
         total = tl.load(h_post + token * M + row, mask=here, other=0.0)[:, None] * added
         for branch in tl.static_range(M):
-            share = tl.load(h_res + token * (M * M) + row * M + branch, mask=here, other=0.0)
-            x = tl.load(streams + at + branch * width, mask=inside, other=0.0).to(tl.float32)
-            total += share[:, None] * x
-        tl.store(written + at + row * width, total.to(written.dtype.element_ty), mask=inside)
+            total += tl.load(h_res + (token * M + row) * M + branch, mask=here, other=0.0)[:, None] * x[branch]
+        at = written + (token * M + row)[:, None] * width + column[None]
+        tl.store(at, total.to(written.dtype.element_ty), mask=inside)
