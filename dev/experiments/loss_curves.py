@@ -15,6 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,12 +40,9 @@ def train(folder: Path, form: str, seed: int, steps: int) -> None:
     )  # fmt: skip
     trainer = Trainer(recipe)
     trainer.decoder.train()
-    if form == "fast":
-        losses = [trainer.train_step()[0] for _ in range(steps)]
-    else:
-        with naive():
-            losses = [trainer.train_step()[0] for _ in range(steps)]
-    (folder / f"{form}-{seed}.txt").write_text("\n".join(str(float(loss)) for loss in losses))
+    with nullcontext() if form == "fast" else naive(), open(folder / f"{form}-{seed}.txt", "w") as file:
+        for _ in range(steps):
+            print(float(trainer.train_step()[0]), file=file, flush=True)
 
 
 def main() -> None:
