@@ -59,9 +59,27 @@ def test_a_read_only_store_is_refused_where_it_is_passed(make_bank: Make, stores
     assert make_bank(placement=stores["read-only"]).read(torch.tensor([[1]])).wait(3)["engram"].shape == (1, 1, 16)
 
 
+@pytest.mark.parametrize(
+    "codec, error", [("fp32", 0), ("bf16", 2**-8), ("fp16", 2**-11), ("fp8", 2**-4), ("int8", 0.01)]
+)
+def test_every_codec_is_read_and_those_that_lose_updates_are_not_trained(
+    make_bank: Make, codec: str, error: float
+) -> None:
+    tokens = torch.randint(60, (2, 9))
+    exact = make_bank(seed=4).read(tokens).wait(3)["engram"]
+    for placement in ("device", "host"):
+        found = make_bank(seed=4, codec=codec, placement=placement).read(tokens).wait(3)["engram"]
+        assert ((found - exact).abs() <= error * exact.abs().max()).all()
+    if codec in ("fp32", "bf16"):
+        make_bank(codec=codec, optimizer=RowAdam)
+    else:
+        with pytest.raises(ValueError, match=f"codec='{codec}' rounds small updates away: train in 'fp32' or 'bf16'"):
+            make_bank(codec=codec, optimizer=RowAdam)
+
+
 def test_misspelt_names_are_told(make_bank: Make) -> None:
-    with pytest.raises(ValueError, match="no codec 'fp16' for values: did you mean 'bf16'"):
-        make_bank(codec="fp16")
+    with pytest.raises(ValueError, match="no codec 'fp9' for values: did you mean 'fp8'"):
+        make_bank(codec="fp9")
     with pytest.raises(ValueError, match="no codec 'int32' for values"):
         make_bank(codec="int32")
     with pytest.raises(ValueError, match="no placement 'hosts': did you mean 'host'"):

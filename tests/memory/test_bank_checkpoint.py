@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torch_engram.memory import MemoryBank, Tokens, checkpoint, load_bank, open_bank, save_bank
 from torch_engram.optim import RowAdam, RowwiseAdam
-from torch_engram.stores import DeviceStore
+from torch_engram.stores import DeviceStore, make_keys
 
 Make = Callable[..., MemoryBank]
 Run = Callable[..., list[float]]
@@ -47,6 +47,21 @@ def test_save_load_save_is_identity(trained: MemoryBank, every_record: Records, 
         assert not list(tmp_path.rglob("*.tmp"))
     batches = [[Tokens(torch.randint(60, (2, 5)))] for _ in range(5)]
     assert train(bank, batches) == train(trained, batches)  # and training goes on as if nothing had happened
+
+
+@pytest.mark.parametrize("codec", ["fp16", "fp8", "int8"])
+def test_codecs_that_only_read_are_saved_and_opened(
+    make_bank: Make, every_record: Records, tmp_path: Path, codec: str
+) -> None:
+    bank = make_bank(BY_ORDER, codec=codec, seed=3)
+    store: Any = bank.source(bank.tables[0]).store
+    keys = make_keys(0, torch.arange(5))
+    planes = {"value": torch.randn(5, 3), "count": torch.ones(5, 1, dtype=torch.int32)}
+    store.write(keys, bank.source(bank.tables[0]).format.encode(keys, planes))
+    save_bank(bank, tmp_path)
+    opened = open_bank(tmp_path)
+    assert opened.codec == codec
+    assert all(torch.equal(a, b) for a, b in zip(every_record(opened), every_record(bank), strict=True))
 
 
 def test_the_parts_are_safetensors(trained: MemoryBank, tmp_path: Path) -> None:

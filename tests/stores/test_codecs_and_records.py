@@ -13,7 +13,9 @@ from torch_engram.stores import CODECS, Plane, RecordLayout, RowFormat, make_key
 from torch_engram.stores.counter import counter_bits, initial_rows
 
 BF16 = CODECS["bf16"]
-PLANES = st.lists(st.tuples(st.integers(1, 9), st.sampled_from(["fp32", "bf16", "test-int8"])), min_size=1, max_size=4)
+ERRORS = {"fp32": 0.0, "bf16": 2**-7, "fp16": 2**-11, "fp8": 2**-4, "int8": 1 / 254}
+"""Largest error of a codec over the largest number of its row."""
+PLANES = st.lists(st.tuples(st.integers(1, 70), st.sampled_from(list(ERRORS))), min_size=1, max_size=4)
 
 
 def test_stochastic_rounding_is_unbiased_and_stays_between_the_neighbours() -> None:
@@ -54,6 +56,31 @@ def test_nan_and_infinity_pass() -> None:
         assert found[0, 1:].tolist() == [math.inf, -math.inf, 0.0]
 
 
+@pytest.mark.parametrize("codec", ["fp16", "fp8", "int8"])
+def test_what_a_codec_holds_exactly_comes_back_and_zero_is_zero(codec: str) -> None:
+    values = torch.cat((torch.randn(50, 70) * 10.0 ** torch.randint(-3, 4, (50, 1)), torch.zeros(1, 70)))
+    found = CODECS[codec].decode(CODECS[codec].encode(values))
+    again = CODECS[codec].encode(found)
+    assert torch.equal(CODECS[codec].decode(again), found)
+    assert not found[-1].any()
+
+
+def test_fp8_is_deepseeks() -> None:
+    """Scales 2**ceil(log2(largest / 448)) as bytes, zeros under 2**0; read by shifting the byte into an exponent."""
+    rows = torch.stack([torch.full((64,), 448.0), torch.full((64,), 449.0), torch.zeros(64), torch.full((64,), 1.0)])
+    rows[3, 32:] = 2**-20
+    codes, scales = CODECS["fp8"].encode(rows)
+    assert scales.view(torch.uint8).tolist() == [[127, 127], [128, 128], [127, 127], [119, 99]]
+    assert codes.float()[:, ::32].tolist() == [[448, 448], [224, 224], [0, 0], [256, 256]]
+    every = torch.arange(256, dtype=torch.uint8)
+    ones = torch.ones(256, 1).to(torch.float8_e4m3fn)
+    read = CODECS["fp8"].decode((ones, every[:, None].view(torch.float8_e8m0fnu))).flatten()
+    assert read.tolist() == [0.0, *(2.0 ** (byte - 127) for byte in range(1, 255)), math.inf]
+    odd = torch.tensor([[math.inf, 1.0], [math.nan, 1.0]])
+    found = CODECS["fp8"].decode(CODECS["fp8"].encode(odd))
+    assert found[:, 0].isnan().all() and found[:, 1].tolist() == [1, 1]
+
+
 @given(PLANES, st.integers(0, 5))
 def test_any_planes_fit_a_record_and_come_back(planes: list[tuple[int, str]], rows: int) -> None:
     layout = RecordLayout(tuple(Plane(f"p{i}", width, codec) for i, (width, codec) in enumerate(planes)))
@@ -68,7 +95,7 @@ def test_any_planes_fit_a_record_and_come_back(planes: list[tuple[int, str]], ro
     records = row_format.encode(keys, values)
     decoded = row_format.decode(keys, records)
     for plane in layout.planes:
-        close = {"fp32": 0.0, "bf16": 2**-7, "test-int8": 1 / 127}[plane.codec]
+        close = ERRORS[plane.codec] * (1 + 1e-6)
         largest = values[plane.name].abs().amax(dim=1, keepdim=True) if rows else 0
         assert bool(((decoded[plane.name] - values[plane.name]).abs() <= close * largest).all())
         assert decoded[plane.name].dtype == torch.float32 and decoded[plane.name].is_contiguous()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch_engram.stores import DeviceStore, Plane, RecordLayout, Store, WritableStore, make_keys
 
 StoreOf = Callable[[RecordLayout, Mapping[int, int]], WritableStore]
-LAYOUT = RecordLayout((Plane("value", 3, "bf16"), Plane("count", 1, "int32"), Plane("other", 2, "test-int8")))
+LAYOUT = RecordLayout((Plane("value", 3, "bf16"), Plane("count", 1, "int32"), Plane("other", 2, "int8")))
 SPACES = {0: 20, 5: 7, 2: 11}
 WRITES = st.lists(st.tuples(st.sampled_from([0, 2, 5]), st.sets(st.integers(0, 6), min_size=1), st.integers(0, 255)))
 reuse = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

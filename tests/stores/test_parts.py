@@ -25,7 +25,7 @@ from torch_engram.stores import (
     update_table,
 )
 
-LAYOUT = RecordLayout((Plane("value", 3, "bf16"), Plane("count", 1, "int32"), Plane("moment", 2, "test-int8")))
+LAYOUT = RecordLayout((Plane("value", 3, "bf16"), Plane("count", 1, "int32"), Plane("moment", 2, "int8")))
 
 
 def records_of(rows: int, layout: RecordLayout = LAYOUT) -> Tensor:

@@ -35,8 +35,9 @@ class MemoryBank:
 
     ``vocab``: the tokenizer's canonical vocabulary (scheme ``engram``). ``optimizer``: called with the bank's proxy
     parameters, returns the row optimiser; a bank without one can only be read. ``placement``: where rows live, a name
-    from :data:`PLACEMENTS` or a function that makes a store. ``codec``: how values are stored. ``device``, ``dtype``:
-    of the embeddings, so the backbone's. ``layouts``: a checkpoint's. Raises ``ValueError`` naming what does not fit.
+    from :data:`PLACEMENTS` or a function that makes a store. ``codec``: how values are stored, fp32 or bf16, and in a
+    bank that is only read also fp16, fp8 or int8. ``device``, ``dtype``: of the embeddings, so the backbone's.
+    ``layouts``: a checkpoint's. Raises ``ValueError`` naming what does not fit.
     """
 
     def __init__(
@@ -54,6 +55,8 @@ class MemoryBank:
         layouts: Mapping[int, LayerLayout] | None = None,
     ):
         require_known(codec, placement)
+        if optimizer is not None:
+            require_trainable(codec)
         self.config, self.name, self.dtype, self.device = config, name, dtype, torch.device(device)
         self.codec, self.seed = codec, seed
         self.addressing = Addressing(config, vocab, layouts)
@@ -262,6 +265,13 @@ def require_known(codec: str, placement: str | StoreFactory) -> None:
         raise ValueError(f"There is no codec {codec!r} for values: {nearest(codec, holds_values)}")
     if isinstance(placement, str) and placement not in PLACEMENTS:
         raise ValueError(f"There is no placement {placement!r}: {nearest(placement, PLACEMENTS)}")
+
+
+def require_trainable(codec: str) -> None:
+    """Raises ``ValueError`` for a codec that loses small updates."""
+    if not CODECS[codec].trains:
+        trains = " or ".join(repr(name) for name, known in CODECS.items() if known.trains and name != "int32")
+        raise ValueError(f"codec={codec!r} rounds small updates away: train in {trains}, or leave out the optimizer.")
 
 
 def _as_tokens(tokens: Tokens | Tensor) -> Tokens:

@@ -1,6 +1,7 @@
 """Codecs: how the numbers of a plane become bytes. A codec names its components and encodes whole rows at once.
 
-fp32, int32 and bf16 have one component; formats with scales have two or more. New codecs join :data:`CODECS`.
+fp32, int32, bf16 and fp16 have one component; formats with scales have two: fp8 one for 32 numbers, int8 one a row. New
+codecs join :data:`CODECS`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -33,6 +35,10 @@ class Codec(Protocol):
     def stochastic(self) -> bool:
         """Whether :meth:`encode` uses its noise."""
 
+    @property
+    def trains(self) -> bool:
+        """Whether small updates of a row are kept: exactly, or in expectation."""
+
     def components(self, width: int) -> tuple[Component, ...]:
         """The components of a row of ``width`` numbers."""
 
@@ -50,6 +56,7 @@ class Plain:
 
     dtype: torch.dtype
     stochastic: bool = False
+    trains: bool = True
 
     def components(self, width: int) -> tuple[Component, ...]:
         """See :class:`Codec`."""
@@ -67,7 +74,7 @@ class Plain:
 class BFloat16:
     """bf16, rounded stochastically on write so that small updates are kept in expectation."""
 
-    stochastic = True
+    stochastic = trains = True
 
     def components(self, width: int) -> tuple[Component, ...]:
         """See :class:`Codec`."""
@@ -87,4 +94,89 @@ class BFloat16:
         return components[0].to(torch.float32)
 
 
-CODECS: dict[str, Codec] = {"fp32": Plain(torch.float32), "int32": Plain(torch.int32), "bf16": BFloat16()}
+class Float16:
+    """fp16, rounded to nearest."""
+
+    stochastic = trains = False
+
+    def components(self, width: int) -> tuple[Component, ...]:
+        """See :class:`Codec`."""
+        return (Component("value", torch.float16, width),)
+
+    def encode(self, values: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
+        """See :class:`Codec`."""
+        return (values.to(torch.float16),)
+
+    def decode(self, components: tuple[Tensor, ...]) -> Tensor:
+        """See :class:`Codec`."""
+        return components[0].to(torch.float32)
+
+
+class Float8:
+    """E4M3 with a power of two, E8M0, for every 32 numbers: DeepSeek-V4.1's, so that its tables are read as they are.
+
+    A scale is the byte of an fp32 exponent: 0 stands for 0 and 255 for infinity, which is not what PyTorch's own
+    ``float8_e8m0fnu`` makes of them.
+    """
+
+    stochastic = trains = False
+    _BLOCK, _LARGEST = 32, 448.0
+
+    def components(self, width: int) -> tuple[Component, ...]:
+        """See :class:`Codec`. The last scale may have fewer numbers."""
+        blocks = -(-width // self._BLOCK)
+        return Component("value", torch.float8_e4m3fn, width), Component("scale", torch.float8_e8m0fnu, blocks)
+
+    def encode(self, values: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
+        """See :class:`Codec`. Scales are the least powers of two that bring a block to 448 or less, 2**-126 at least;
+        numbers are rounded to nearest, ties to even. Infinity, which E4M3 has not, becomes NaN."""
+        width = values.shape[1]
+        padded = F.pad(values.float(), (0, -width % self._BLOCK)).unflatten(1, (-1, self._BLOCK))
+        largest = padded.abs().amax(2) / self._LARGEST
+        mantissa, exponent = torch.frexp(largest)
+        exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
+        scale = torch.where(largest == 0, 127, exponent + 127).clamp(1, 254).to(torch.uint8)
+        scaled = (padded / self._factors(scale)[..., None]).flatten(1)[:, :width]
+        codes = torch.where(scaled.isfinite(), scaled, torch.nan).to(torch.float8_e4m3fn)
+        return codes, scale.view(torch.float8_e8m0fnu)
+
+    def decode(self, components: tuple[Tensor, ...]) -> Tensor:
+        """See :class:`Codec`."""
+        codes, scale = components
+        factors = self._factors(scale.contiguous().view(torch.uint8))
+        return codes.float() * factors.repeat_interleave(self._BLOCK, dim=1)[:, : codes.shape[1]]
+
+    @staticmethod
+    def _factors(scale: Tensor) -> Tensor:
+        return (scale.to(torch.int32) << 23).view(torch.float32)
+
+
+class Int8:
+    """int8 and one fp32 scale a row, by which its largest number is 127."""
+
+    stochastic = trains = False
+
+    def components(self, width: int) -> tuple[Component, ...]:
+        """See :class:`Codec`."""
+        return Component("value", torch.int8, width), Component("scale", torch.float32, 1)
+
+    def encode(self, values: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
+        """See :class:`Codec`. Numbers are rounded to nearest, ties to even. Infinity and NaN, which int8 has not, make
+        NaN of the whole row."""
+        largest = values.float().abs().amax(dim=1, keepdim=True)
+        scale = torch.where(largest == 0, 1.0, largest / 127)
+        return (values / scale).round().nan_to_num(0.0).to(torch.int8), scale
+
+    def decode(self, components: tuple[Tensor, ...]) -> Tensor:
+        """See :class:`Codec`."""
+        return components[0].float() * components[1]
+
+
+CODECS: dict[str, Codec] = {
+    "fp32": Plain(torch.float32),
+    "int32": Plain(torch.int32),
+    "bf16": BFloat16(),
+    "fp16": Float16(),
+    "fp8": Float8(),
+    "int8": Int8(),
+}
