@@ -8,10 +8,12 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+_PIECE = 1 << 22
 
 
 @contextmanager
@@ -70,7 +72,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file. Raises ``OSError`` when it cannot be read."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_digest(path: Path, tell: Callable[[int], None] | None = None) -> str:
+    """sha256 of a file; ``tell`` is called with the bytes of every piece that was read.
+
+    Raises ``OSError`` when it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+            if tell is not None:
+                tell(len(piece))
+    return digest.hexdigest()

@@ -8,7 +8,8 @@ import sys
 import pytest
 import typer
 
-VERBS = ("demo", "train", "recipes", "sample", "trace", "gates", "bench")
+VERBS = ("demo", "train", "recipes", "sample", "trace", "gates", "table", "bench")
+SUBVERBS = (["bench", "ops"], ["bench", "step"], ["table", "info"], ["table", "verify"])
 
 
 def modules_after(code: str) -> str:
@@ -25,7 +26,7 @@ def test_help_never_imports_torch():
             f"""
 import sys
 from torch_engram.cli import main
-for verb in ([], *([verb] for verb in {VERBS!r}), ["bench", "ops"], ["bench", "step"]):
+for verb in ([], *([verb] for verb in {VERBS!r}), *{SUBVERBS!r}):
     sys.argv = ["engram", *verb, "--help"]
     try:
         main()

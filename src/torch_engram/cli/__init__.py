@@ -16,6 +16,7 @@ from torch_engram.cli.demo import demo
 from torch_engram.cli.gates import gates
 from torch_engram.cli.recipes import recipes
 from torch_engram.cli.sample import sample
+from torch_engram.cli.table import table
 from torch_engram.cli.trace import trace
 from torch_engram.cli.train import train
 
@@ -45,6 +46,7 @@ def options(
 
 for verb in (demo, train, recipes, sample, trace, gates):
     app.command()(verb)
+app.add_typer(table)
 app.add_typer(bench)
 
 

@@ -60,7 +60,7 @@ class MemoryBank:
         self.config, self.name, self.dtype, self.device = config, name, dtype, torch.device(device)
         self.codec, self.seed = codec, seed
         self.addressing = Addressing(config, vocab, layouts)
-        self.tables = list(_tables(config, self.addressing.layouts))
+        self.tables = list(tables_of(config, self.addressing.layouts))
         self._proxies = [nn.Parameter(torch.empty(0, table.dim, device=self.device)) for table in self.tables]
         self.optimizer = optimizer(self._proxies) if optimizer is not None else None
         self._sources = self._make_sources(placement)
@@ -282,8 +282,9 @@ def _as_tokens(tokens: Tokens | Tensor) -> Tokens:
     return tokens
 
 
-def _tables(config: EngramConfig, layouts: Mapping[int, LayerLayout]) -> Iterator[Table]:
-    """A layer's columns, split where the row width changes from one order to the next; spaces number the tables."""
+def tables_of(config: EngramConfig, layouts: Mapping[int, LayerLayout]) -> Iterator[Table]:
+    """A memory's tables: a layer's columns, split where the row width changes from one order to the next; spaces number
+    them."""
     sizes = zip(config.per_order("row_dim"), config.per_order("heads"), strict=True)
     columns = [(dim, order) for order, (dim, heads) in enumerate(sizes) for _ in range(heads)]
     space = 0

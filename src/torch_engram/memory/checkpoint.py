@@ -15,17 +15,16 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from torch_engram.addressing import CanonicalVocab, LayerLayout
-from torch_engram.config import EngramConfig
+from torch_engram.addressing import CanonicalVocab
 from torch_engram.durable import alone_in, is_left_over, replacing, sync
 from torch_engram.memory.bank import MemoryBank
 from torch_engram.memory.rows import Table
+from torch_engram.memory.saved import FACTS, NAMES, SavedMemory, canonical_file, table_folder
 from torch_engram.stores import (
     Manifest,
     WritableStore,
@@ -37,42 +36,6 @@ from torch_engram.stores import (
     save_table,
     update_table,
 )
-
-_FACTS = "memory.json"
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """A memory's folder as its :data:`memory.json` has it."""
-
-    folder: Path
-    facts: dict[str, Any]
-    tables: list[Manifest]
-    digest: str
-    """sha256 of the very bytes that were read."""
-
-    @classmethod
-    def read(cls, folder: Path) -> _Saved:
-        """Raises ``ValueError`` when there is none, or one that cannot be read."""
-        path = folder / _FACTS
-        try:
-            data = path.read_bytes()
-            content = json.loads(data)
-            facts = {key: content[key] for key in _NAMES}
-            tables = content["tables"]
-        except KeyError as error:
-            raise ValueError(
-                f"{path} has no {error}: it is damaged, or another version's; use an intact copy."
-            ) from error
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"{folder} is not a saved memory (no readable {_FACTS}): give the saved folder."
-            ) from error
-        try:
-            manifests = [Manifest.from_dict(table) for table in tables]
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} does not name the parts of its tables: use an intact copy.") from error
-        return cls(folder, facts, manifests, hashlib.sha256(data).hexdigest())
 
 
 def save_bank(bank: MemoryBank, directory: Path) -> None:
@@ -90,24 +53,24 @@ def save_bank(bank: MemoryBank, directory: Path) -> None:
             tables = list(_write_tables(bank, directory))
             content = {**facts(bank), "tables": [manifest.to_dict() for manifest in tables]}
             if bank.addressing.vocab is not None:
-                bank.addressing.vocab.save(directory / _canonical(content))
+                bank.addressing.vocab.save(directory / canonical_file(content))
             sync(directory)
             data = json.dumps(content, indent=1).encode()
-            with replacing(directory / _FACTS) as file:
+            with replacing(directory / FACTS) as file:
                 file.write(data)
         except OSError:  # a full disk should not stay full for parts that nobody can use
             _remove(_files(directory) - before)
             raise
         sync(directory)
-        named = {directory / _folder(space) / part.file for space, table in enumerate(tables) for part in table.parts}
-        _remove(_files(directory) - named - {directory / _canonical(content)})
-        _settle(bank, directory, hashlib.sha256(data).hexdigest())
+        saved = SavedMemory(directory, content, tables, hashlib.sha256(data).hexdigest())
+        _remove(_files(directory) - saved.checksums().keys() - {directory / canonical_file(content)})
+        _settle(bank, directory, saved.digest)
 
 
 def _write_tables(bank: MemoryBank, directory: Path) -> Iterator[Manifest]:
     earlier = _counted_from(bank, directory)
     for number, table in enumerate(bank.tables):
-        folder, source = directory / _folder(table.space), bank.source(table)
+        folder, source = directory / table_folder(table.space), bank.source(table)
         layout, read = source.format.layout, _reader(bank, table)
         if earlier is not None and isinstance(source.store, WritableStore):
             lost = earlier.tables[number].planes.keys() - planes_of(layout)
@@ -121,12 +84,12 @@ def _write_tables(bank: MemoryBank, directory: Path) -> Iterator[Manifest]:
             yield save_table(folder, table.rows, layout, read)
 
 
-def _counted_from(bank: MemoryBank, directory: Path) -> _Saved | None:
+def _counted_from(bank: MemoryBank, directory: Path) -> SavedMemory | None:
     """What ``directory`` holds, where the bank's stores count their changes from just that."""
-    if not (directory / _FACTS).exists() or bank.saved is None:
+    if not (directory / FACTS).exists() or bank.saved is None:
         return None
     try:
-        saved = _Saved.read(directory)
+        saved = SavedMemory.read(directory)
     except ValueError:  # to be replaced
         return None
     return saved if bank.saved == (directory.resolve(), saved.digest, _counts(bank)) else None
@@ -152,7 +115,7 @@ def _stores(bank: MemoryBank) -> list[WritableStore]:
 
 def _files(directory: Path) -> set[Path]:
     """Everything in ``directory`` that is named as a save names its files, but for :data:`memory.json`."""
-    found = {path for path in directory.iterdir() if _CANONICAL.fullmatch(path.name) or is_left_over(path, _FACTS)}
+    found = {path for path in directory.iterdir() if _CANONICAL.fullmatch(path.name) or is_left_over(path, FACTS)}
     for folder in directory.iterdir():
         if _TABLE.fullmatch(folder.name) and folder.is_dir():
             found |= parts_in(folder)
@@ -167,20 +130,20 @@ def _remove(paths: set[Path]) -> None:
 def load_bank(bank: MemoryBank, directory: Path) -> None:
     """Fill ``bank`` with saved rows. Raises ``ValueError`` naming what differs, before any row has changed, or the file
     that is damaged."""
-    saved, mine = _Saved.read(directory), facts(bank)
+    saved, mine = SavedMemory.read(directory), facts(bank)
     for key, value in mine.items():
         if saved.facts[key] != value:
-            raise ValueError(f"{directory} holds a memory with another {_NAMES[key]}: build the bank with open_bank().")
+            raise ValueError(f"{directory} holds a memory with another {NAMES[key]}: build the bank with open_bank().")
     if any(bank.source(table).in_use for table in bank.tables):
         raise ValueError("Steps were prefetched from this bank: apply or discard them before loading other rows.")
     if len(saved.tables) != len(bank.tables):
-        raise ValueError(f"{directory / _FACTS} does not name the parts of its tables: use an intact copy.")
+        raise ValueError(f"{directory / FACTS} does not name the parts of its tables: use an intact copy.")
     for table, manifest in zip(bank.tables, saved.tables, strict=True):
-        check_table(directory / _folder(table.space), manifest, table.rows, bank.source(table).format.layout)
+        check_table(directory / table_folder(table.space), manifest, table.rows, bank.source(table).format.layout)
     bank.saved = None
     for table, manifest in zip(bank.tables, saved.tables, strict=True):
         layout = bank.source(table).format.layout
-        load_table(directory / _folder(table.space), manifest, layout, _writer(bank, table))
+        load_table(directory / table_folder(table.space), manifest, layout, _writer(bank, table))
     bank.flush()
     _settle(bank, directory, saved.digest)
 
@@ -188,17 +151,15 @@ def load_bank(bank: MemoryBank, directory: Path) -> None:
 def open_bank(directory: Path, **options: Any) -> MemoryBank:
     """A bank as it was saved. ``options``: ``optimizer``, ``placement``, ``device``, ``dtype`` as for
     :class:`MemoryBank`; without ``optimizer`` the bank is for reading only."""
-    saved = _Saved.read(directory)
-    facts, path = saved.facts, directory / _canonical(saved.facts)
+    saved = SavedMemory.read(directory)
+    facts, path = saved.facts, directory / canonical_file(saved.facts)
     try:
         vocab = CanonicalVocab.load(path) if facts["canonical_digest"] else None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): use an intact copy.") from error
     if vocab is not None and vocab.digest != facts["canonical_digest"]:
         raise ValueError(f"{path} is not the vocabulary of this memory: use an intact copy.")
-    config, layouts = EngramConfig.from_dict(facts["config"]), _read_layouts(directory, facts)
-    if list(layouts) != list(config.layers):
-        raise ValueError(f"{directory / _FACTS} has no layout for each layer of its configuration: use an intact copy.")
+    config, layouts = saved.config, saved.layouts
     bank = MemoryBank(
         config, vocab, name=facts["name"], codec=facts["codec"], seed=facts["seed"], layouts=layouts, **options
     )
@@ -220,36 +181,8 @@ def facts(bank: MemoryBank) -> dict[str, Any]:
     }
 
 
-_NAMES = {
-    "name": "name",
-    "config": "configuration",
-    "layouts": "layout (multipliers or primes)",
-    "codec": "codec",
-    "seed": "seed of initial rows",
-    "canonical_digest": "canonical vocabulary",
-    "tokenizer_digest": "tokenizer",
-}
-
-
 _TABLE = re.compile(r"table-\d{2,}")
 _CANONICAL = re.compile(r"canonical-[0-9a-f]{16}\.safetensors(\.[0-9a-f]{8}\.tmp)?")
-
-
-def _read_layouts(directory: Path, saved: dict[str, Any]) -> dict[int, LayerLayout]:
-    try:
-        return {layout["layer"]: LayerLayout.from_dict(layout) for layout in saved["layouts"]}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{directory / _FACTS} holds no layouts that can be read: use an intact copy.") from error
-
-
-def _canonical(facts: dict[str, Any]) -> str:
-    """The vocabulary's file, by all that it holds: another tokenizer's may have the same map."""
-    content = f"{facts['canonical_digest']} {facts['tokenizer_digest']}"
-    return f"canonical-{hashlib.sha256(content.encode()).hexdigest()[:16]}.safetensors"
-
-
-def _folder(space: int) -> str:
-    return f"table-{space:02d}"
 
 
 def _reader(bank: MemoryBank, table: Table) -> Callable[[Tensor], Tensor]:

@@ -7,15 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from torch_engram.stores.records import Field, RecordLayout
-
-DTYPE_NAMES = {
-    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int32: "I32", torch.int64: "I64",
-    torch.uint8: "U8", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e8m0fnu: "F8_E8M0",
-}  # fmt: skip
-"""As safetensors calls them."""
+from torch_engram.stores.tensor_files import DTYPE_NAMES
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,8 @@ table is said by a :class:`~torch_engram.stores.manifest.Manifest`, which whoeve
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +18,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from torch_engram.durable import file_digest, replacing, sync
-from torch_engram.stores.manifest import DTYPE_NAMES, Manifest, Part, planes_of, tensor_name
+from torch_engram.stores.manifest import Manifest, Part, planes_of, tensor_name
 from torch_engram.stores.records import RecordLayout
+from torch_engram.stores.tensor_files import TensorWriter, file_size
 
-ALIGNMENT = 4096
 ROWS_PER_PART = 1 << 22  # a multiple of 4096, so that every component of a full part is aligned
 _CHUNK_ROWS = 1 << 16
 _ROW_TENSOR = "row"
@@ -59,7 +57,8 @@ def update_table(folder: Path, earlier: Manifest, changed: Tensor, layout: Recor
     """
     listed = sum(part.rows for part in earlier.changes) + len(changed)
     intact = all(
-        _size_on_disk(folder / part.file) == _size(part.rows, layout, part.first is None) for part in earlier.parts
+        _size_on_disk(folder / part.file) == file_size(_tensors(part.rows, layout, part.first is None))
+        for part in earlier.parts
     )
     if not intact or earlier.planes != planes_of(layout) or listed > earlier.rows // 2:
         return save_table(folder, earlier.rows, layout, read)
@@ -103,20 +102,14 @@ def parts_in(folder: Path) -> set[Path]:
 def _write_part(folder: Path, first: int | None, rows: Tensor, layout: RecordLayout, read: Read) -> Part:
     """Write one safetensors file in one pass over the rows; its checksum is of what the disk then holds."""
     unnamed = folder / "unnamed"
-    header = _header(len(rows), layout, lists_rows=first is None)
     with replacing(unnamed) as file:
-        file.write(header)
-        file.flush()
-        begin = len(header)
+        writer = TensorWriter(file, _tensors(len(rows), layout, lists_rows=first is None))
         if first is None:
-            begin = _write_at(file.fileno(), rows.numpy().tobytes(), begin)
+            writer.put(_ROW_TENSOR, 0, rows)
         for start in range(0, len(rows), _CHUNK_ROWS):
             records = read(rows[start : start + _CHUNK_ROWS]).cpu()
-            at = begin
             for field in layout.fields:
-                column = records[:, field.start : field.stop].contiguous().numpy()
-                _write_at(file.fileno(), column.tobytes(), at + start * field.component.nbytes)
-                at += len(rows) * field.component.nbytes
+                writer.put(tensor_name(field), start, records[:, field.start : field.stop])
     digest = file_digest(unnamed)
     what = "changes" if first is None else f"rows-{first:012d}-{first + len(rows):012d}"
     name = f"{what}-{digest[:16]}.safetensors"
@@ -124,10 +117,11 @@ def _write_part(folder: Path, first: int | None, rows: Tensor, layout: RecordLay
     return Part(name, len(rows), digest, first)
 
 
-def _size(rows: int, layout: RecordLayout, lists_rows: bool) -> int:
-    """Bytes of a part."""
-    row = sum(field.component.nbytes for field in layout.fields) + (8 if lists_rows else 0)
-    return len(_header(rows, layout, lists_rows)) + rows * row
+def _tensors(rows: int, layout: RecordLayout, lists_rows: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """What a part holds."""
+    listed: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {_ROW_TENSOR: (torch.int64, (rows,))} if lists_rows else {}
+    components = {tensor_name(field): field.component for field in layout.fields}
+    return listed | {name: (component.dtype, (rows, component.width)) for name, component in components.items()}
 
 
 def _size_on_disk(path: Path) -> int:
@@ -135,31 +129,6 @@ def _size_on_disk(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return -1
-
-
-def _write_at(descriptor: int, data: bytes, at: int) -> int:
-    """All of ``data`` at byte ``at``, for pwrite may write less than it was given; returns where it ends."""
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(descriptor, view, at)
-        view, at = view[done:], at + done
-    return at
-
-
-def _header(rows: int, layout: RecordLayout, lists_rows: bool) -> bytes:
-    """Length and JSON header, padded with spaces so that the data begins on a 4 KiB boundary."""
-    tensors = [(_ROW_TENSOR, DTYPE_NAMES[torch.int64], [rows], 8 * rows)] if lists_rows else []
-    for field in layout.fields:
-        component = field.component
-        shape, size = [rows, component.width], rows * component.nbytes
-        tensors.append((tensor_name(field), DTYPE_NAMES[component.dtype], shape, size))
-    entries, at = {}, 0
-    for name, dtype, shape, size in tensors:
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(entries).encode()
-    length = -(-(len(text) + 8) // ALIGNMENT) * ALIGNMENT - 8
-    return struct.pack("<Q", length) + text.ljust(length)
 
 
 def _check_sum(path: Path, expected: str) -> None:

@@ -1,0 +1,137 @@
+"""``engram table``: what a table's files hold, and whether they are whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+table = typer.Typer(name="table", help="Look into the files of a table, and check them.", no_args_is_help=True)
+
+Where = Annotated[
+    Path, typer.Argument(metavar="PATH", help="A .safetensors file, a folder of shards, or a saved memory.")
+]
+
+
+@table.command()
+def info(path: Where) -> None:
+    """Show every table in the files: rows, width, codec, size, and where it lies.
+
+    DeepSeek-V4.1's and Qwen4Exp's tables are known by name; of other files every matrix is shown. Nothing is loaded.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("table", "layout", "layer", "rows", "width", "codec", "size", "files"):
+        shown.add_column(name, justify="left" if name in ("table", "layout", "codec") else "right", overflow="fold")
+    lines = list(_memory_lines(path) if _is_memory(path) else _tensor_lines(path))
+    if not lines:
+        raise ValueError(f"{path} has no matrix that could be a table: give the files of the tables.")
+    for line in lines:
+        shown.add_row(*line)
+    Console().print(shown)
+
+
+def _memory_lines(folder: Path) -> Iterator[tuple[str, ...]]:
+    from torch_engram.memory.bank import tables_of
+    from torch_engram.memory.saved import SavedMemory, table_folder
+
+    saved = SavedMemory.read(folder)
+    for one, manifest in zip(tables_of(saved.config, saved.layouts), saved.tables, strict=True):
+        files = [folder / table_folder(one.space) / part.file for part in manifest.parts]
+        nbytes = sum(file.stat().st_size for file in files)
+        also = ", ".join(plane for plane in manifest.planes if not plane.startswith("value"))
+        name, codec = f"{saved.facts['name']} ({also})", saved.facts["codec"]
+        yield name, "torch-engram", *_cells(one.layer, one.rows, one.dim, codec, nbytes, len(files))
+
+
+def _tensor_lines(path: Path) -> Iterator[tuple[str, ...]]:
+    from torch_engram.stores.named_tables import find_tables
+    from torch_engram.stores.tensor_files import tensors_in
+
+    for one in find_tables(tensors_in(path)):
+        yield one.name, one.layout, *_cells(one.layer, one.rows, one.width, one.codec, one.nbytes, len(one.files))
+
+
+def _cells(layer: int | None, rows: int, width: int, codec: str, nbytes: int, files: int) -> tuple[str, ...]:
+    from rich.filesize import decimal
+
+    return "" if layer is None else str(layer), f"{rows:,}", str(width), codec, decimal(nbytes), str(files)
+
+
+@table.command()
+def verify(
+    path: Where,
+    save: Annotated[bool, typer.Option("--save", help="Add what was found to SHA256SUMS beside the files.")] = False,
+) -> None:
+    """Read every file through and compare it with its checksum: a memory's own, or SHA256SUMS beside the shards.
+
+    Names what is damaged, and ends with exit code 1 then. Headers and shapes are checked, too.
+    """
+    from rich.console import Console
+
+    from torch_engram.stores.checksums import digests, write_sums
+
+    console = Console(highlight=False)
+    own = _is_memory(path)
+    if save and own:
+        raise ValueError(f"{path} is a memory and names its own checksums: leave out --save.")
+    wanted = _memory_checksums(path) if own else _shard_checksums(path)
+    present = [file for file in wanted if file.is_file()]
+    with _bytes_read(console, sum(file.stat().st_size for file in present)) as tell:
+        found = digests(present, tell)
+    damaged = []
+    for file, checksum in wanted.items():
+        verdict = "whole" if checksum == found.get(file) else "read" if checksum is None else "damaged"
+        if file not in found:
+            verdict = "missing"
+        if verdict in ("damaged", "missing"):
+            damaged.append(str(file))
+        console.print(f"{verdict:<7}  {found.get(file, '-' * 64)}  {file.name}", soft_wrap=True)
+    if damaged:
+        raise ValueError(f"{len(damaged)} of {len(wanted)} files are not whole: fetch {', '.join(damaged)} again.")
+    if save:
+        console.print(f"Wrote {write_sums(present[0].parent, found)}.", soft_wrap=True)
+    elif not all(wanted.values()):
+        console.print("Headers and shapes are sound. Without checksums nothing is said of the rows: see --save.")
+
+
+def _is_memory(path: Path) -> bool:
+    return (path / "memory.json").exists()
+
+
+def _memory_checksums(folder: Path) -> dict[Path, str | None]:
+    from torch_engram.memory.saved import SavedMemory
+
+    return dict(SavedMemory.read(folder).checksums())
+
+
+def _shard_checksums(path: Path) -> dict[Path, str | None]:
+    """Of every shard, None where SHA256SUMS has none. Raises ``ValueError`` for headers and shapes that are unsound."""
+    from torch_engram.stores.checksums import read_sums
+    from torch_engram.stores.named_tables import find_tables
+    from torch_engram.stores.tensor_files import tensors_in
+
+    tensors = tensors_in(path)
+    find_tables(tensors)
+    files = sorted({place.file for place in tensors.values()})
+    sums = read_sums(path if path.is_dir() else path.parent)
+    return {file: sums.get(file.name) for file in files}
+
+
+@contextmanager
+def _bytes_read(console: Console, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes, on a terminal."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda nbytes: bar.update(task, advance=nbytes)

@@ -1,0 +1,116 @@
+"""``engram table``: what files hold, and which of them are damaged, of foreign shards and of saved memories."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from torch_engram.memory import save_bank
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """DeepSeek-V4.1's two tables and a shard of Qwen4Exp's, as their checkpoints name them."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number, layer in enumerate((1, 14)):
+        name = f"layers.{layer}.engram.embed"
+        weight = torch.randint(256, (1000, 256), dtype=torch.uint8).view(torch.float8_e4m3fn)
+        scale = torch.randint(100, 130, (1000, 8), dtype=torch.uint8).view(torch.float8_e8m0fnu)
+        save_file({f"{name}.weight": weight, f"{name}.scale": scale}, folder / f"model-{number}.safetensors")
+    prefix = "model.language_model.layers.1.ple.ple_embedding.ngram_embedding.shard_"
+    save_file({f"{prefix}{n}.weight": torch.ones(50, 160).bfloat16() for n in range(4)}, folder / "q.safetensors")
+    return folder
+
+
+@pytest.fixture
+def bank(make_bank):
+    return make_bank({"row_dim": (3, 5)}, codec="bf16")
+
+
+@pytest.fixture
+def memory(tmp_path, bank):
+    save_bank(bank, tmp_path / "memory")
+    return tmp_path / "memory"
+
+
+def test_info_knows_tables_by_name(engram, shards):
+    done = engram("table", "info", shards)
+    assert done.code == 0, done
+    for line in (
+        "layers.1.engram.embed.weight DeepSeek-V4.1 1 1,000 256 fp8 264.0 kB 1",
+        "ngram_embedding.shard_*.weight Qwen4Exp 1 200 160 bf16 64.0 kB 1",
+        "layers.14.engram.embed.weight DeepSeek-V4.1 14 1,000 256 fp8 264.0 kB 1",
+    ):
+        assert line in done.out, done.out
+
+
+def test_info_of_one_file_and_of_a_memory(engram, shards, memory, bank):
+    assert engram("table", "info", shards / "model-1.safetensors").out.count("DeepSeek") == 1
+    out = engram("table", "info", memory).out
+    for table in bank.tables:
+        assert f"engram (count) torch-engram {table.layer} {table.rows} {table.dim} bf16" in out, out
+
+
+def test_verify_says_what_it_cannot_know_saves_sums_and_names_the_damaged_shard(engram, shards):
+    done = engram("table", "verify", shards)
+    assert done.code == 0 and done.out.count("read ") == 3 and "see --save" in done.out
+    done = engram("table", "verify", shards, "--save")
+    assert done.code == 0 and "SHA256SUMS" in done.out
+    subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=shards, check=True)
+    done = engram("table", "verify", shards)
+    assert done.code == 0 and done.out.count("whole ") == 3
+    flip(shards / "model-1.safetensors")
+    for options in ((), ("--save",)):  # what is damaged is not declared whole
+        done = engram("table", "verify", shards, *options)
+        assert done.code == 1 and "1 of 3 files are not whole: fetch" in done.err and "model-1.safetensors" in done.err
+        assert done.out.count("whole ") == 2 and done.out.count("damaged ") == 1
+    assert engram("table", "verify", shards / "model-0.safetensors").code == 0
+
+
+def test_sums_are_those_of_sha256sum_and_other_files_keep_theirs(engram, shards):
+    sums = subprocess.run(
+        ["sha256sum", "-b", "model-0.safetensors"], cwd=shards, capture_output=True, check=True
+    ).stdout
+    other = f"{'0' * 64}  tokenizer.json\n"
+    (shards / "SHA256SUMS").write_text(sums.decode() + other)
+    done = engram("table", "verify", shards, "--save")
+    assert done.code == 0 and done.out.count("whole ") == 1 and done.out.count("read ") == 2
+    assert other in (shards / "SHA256SUMS").read_text()
+    (shards / "SHA256SUMS").write_text("no sums\n")
+    done = engram("table", "verify", shards)
+    assert done.code == 1 and "SHA256SUMS, line 1" in done.err
+
+
+def test_verify_of_a_memory(engram, memory):
+    done = engram("table", "verify", memory)
+    assert done.code == 0 and done.out.count("whole ") == 4
+    one, two, *_ = sorted(memory.glob("table-*/*.safetensors"))
+    flip(one)
+    two.unlink()
+    done = engram("table", "verify", memory)
+    assert done.code == 1 and "2 of 4 files are not whole" in done.err and one.name in done.err and two.name in done.err
+    assert engram("table", "verify", memory, "--save").err.startswith("engram: ")
+
+
+@pytest.mark.parametrize("verb", ["info", "verify"])
+def test_what_is_no_table_is_refused(engram, tmp_path, verb):
+    for path, needle in ((tmp_path / "gone", "is no file"), (tmp_path, "has no .safetensors file")):
+        done = engram("table", verb, path)
+        assert done.code == 1 and needle in done.err and "Traceback" not in done.err
+    (tmp_path / "x.safetensors").write_bytes(b"\xff" * 64)
+    done = engram("table", verb, tmp_path)
+    assert done.code == 1 and "x.safetensors is no whole safetensors file" in done.err
+    save_file({"bias": torch.ones(3)}, tmp_path / "x.safetensors")
+    done = engram("table", "info", tmp_path)
+    assert done.code == 1 and "no matrix that could be a table" in done.err
