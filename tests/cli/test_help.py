@@ -9,7 +9,7 @@ import pytest
 import typer
 
 VERBS = ("demo", "train", "recipes", "sample", "trace", "gates", "table", "bench")
-SUBVERBS = (["bench", "ops"], ["bench", "step"], ["table", "info"], ["table", "verify"])
+SUBVERBS = (["bench", "ops"], ["bench", "step"], ["table", "info"], ["table", "verify"], ["table", "synth"])
 
 
 def modules_after(code: str) -> str:

@@ -114,3 +114,17 @@ def test_what_is_no_table_is_refused(engram, tmp_path, verb):
     save_file({"bias": torch.ones(3)}, tmp_path / "x.safetensors")
     done = engram("table", "info", tmp_path)
     assert done.code == 1 and "no matrix that could be a table" in done.err
+
+
+def test_synth_makes_what_info_shows(engram, tmp_path):
+    done = engram("table", "synth", tmp_path / "t", "--rows", "1000", "--layout", "qwen4exp", "--shards", "4")
+    assert done.code == 0 and "1,000 rows of 160 numbers in bf16" in done.out
+    assert "Qwen4Exp 1 1,000 160 bf16 320.0 kB 4" in engram("table", "info", tmp_path / "t").out
+    assert engram("table", "verify", tmp_path / "t").code == 0
+    for options, needle in {
+        ("--layout", "qwen"): "no layout 'qwen': did you mean 'qwen4exp'",
+        ("--codec", "fp9"): "no codec 'fp9'",
+        (): "is there already",
+    }.items():
+        done = engram("table", "synth", tmp_path / "t", "--rows", "9", *options)
+        assert done.code == 1 and needle in done.err, done

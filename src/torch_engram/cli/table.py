@@ -1,4 +1,4 @@
-"""``engram table``: what a table's files hold, and whether they are whole."""
+"""``engram table``: what a table's files hold, whether they are whole, and files to try things on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-table = typer.Typer(name="table", help="Look into the files of a table, and check them.", no_args_is_help=True)
+table = typer.Typer(
+    name="table", help="Look into the files of a table, check them, or make some.", no_args_is_help=True
+)
 
 Where = Annotated[
     Path, typer.Argument(metavar="PATH", help="A .safetensors file, a folder of shards, or a saved memory.")
@@ -85,7 +87,7 @@ def verify(
         raise ValueError(f"{path} is a memory and names its own checksums: leave out --save.")
     wanted = _memory_checksums(path) if own else _shard_checksums(path)
     present = [file for file in wanted if file.is_file()]
-    with _bytes_read(console, sum(file.stat().st_size for file in present)) as tell:
+    with _progress(console, sum(file.stat().st_size for file in present)) as tell:
         found = digests(present, tell)
     damaged = []
     for file, checksum in wanted.items():
@@ -101,6 +103,40 @@ def verify(
         console.print(f"Wrote {write_sums(present[0].parent, found)}.", soft_wrap=True)
     elif not all(wanted.values()):
         console.print("Headers and shapes are sound. Without checksums nothing is said of the rows: see --save.")
+
+
+@table.command()
+def synth(
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder; it appears when it is whole.")],
+    rows: Annotated[int, typer.Option(min=1, max=1 << 40, help="Rows of the table.")],
+    layout: Annotated[str, typer.Option(help="plain, deepseek-v4.1 or qwen4exp: what tensors are called.")] = "plain",
+    width: Annotated[
+        int | None, typer.Option(min=1, max=1 << 20, help="Numbers a row; by default the layout's.")
+    ] = None,
+    codec: Annotated[str | None, typer.Option(help="fp32, bf16, fp16, fp8 or int8; by default the layout's.")] = None,
+    layer: Annotated[int, typer.Option(min=0, help="The layer that names say.")] = 1,
+    shards: Annotated[int, typer.Option(help="Files, a tensor each; more than one for qwen4exp.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Other numbers.")] = 0,
+) -> None:
+    """Make a table of random rows, of any size, to try placements and benchmarks on.
+
+    For example: engram table synth table-64gb --layout deepseek-v4.1 --rows 242000000
+    """
+    from rich.console import Console
+
+    from torch_engram.config import nearest
+    from torch_engram.memory.bank import require_known
+    from torch_engram.stores.synthetic import LAYOUTS, require_fitting, synthesise
+
+    if layout not in LAYOUTS:
+        raise ValueError(f"There is no layout {layout!r}: {nearest(layout, LAYOUTS)}")
+    width, codec = width or LAYOUTS[layout].width, codec or LAYOUTS[layout].codec
+    require_known(codec, "device")
+    require_fitting(out, layout, rows, codec, shards)
+    console = Console(highlight=False)
+    with _progress(console, rows, "rows") as tell:
+        synthesise(out, layout, rows, width, codec, layer=layer, shards=shards, seed=seed, tell=tell)
+    console.print(f"Wrote {out}: {rows:,} rows of {width} numbers in {codec}.", soft_wrap=True)
 
 
 def _is_memory(path: Path) -> bool:
@@ -127,11 +163,12 @@ def _shard_checksums(path: Path) -> dict[Path, str | None]:
 
 
 @contextmanager
-def _bytes_read(console: Console, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes, on a terminal."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+def _progress(console: Console, total: int, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
+    """A bar, on a terminal."""
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    columns = BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()
+    done = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = BarColumn(), done, TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
-        yield lambda nbytes: bar.update(task, advance=nbytes)
+        yield lambda more: bar.update(task, advance=more)
