@@ -52,7 +52,7 @@ def both_ways(read: Callable, write: Callable, inputs: tuple[Tensor, ...], itera
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("iterations", [1, 20])
 def test_equals_the_twin(size: tuple[int, int, int, int], dtype: torch.dtype, iterations: int) -> None:
     inputs = leaves(size, dtype)
@@ -61,7 +61,7 @@ def test_equals_the_twin(size: tuple[int, int, int, int], dtype: torch.dtype, it
     for number, (mine, twin) in enumerate(zip(got, exact, strict=True)):
         assert mine.dtype == (torch.float32 if number in (1, 2) or number > 5 else dtype)
         # In bf16 what is read is rounded before it is written, and so are the gradients that come back to it.
-        close = BF16 if dtype == torch.bfloat16 else dict(rtol=1e-4, atol=1e-5)
+        close = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else BF16
         scale = twin.abs().max().clamp_min(1.0)
         torch.testing.assert_close(mine.float() / scale, twin / scale, msg=lambda m, n=number: f"{n}: {m}", **close)
 

@@ -216,7 +216,7 @@ def _streams_backward(
             total = product(tl.trans(x), r_low, total, NATIVE)
         else:
             grad = tl.dot(r, w, grad, input_precision="tf32x3")
-            total = tl.dot(tl.trans(x), r, total, input_precision="tf32x3")
+            total = tl.dot(tl.trans(x.to(tl.float32)), r, total, input_precision="tf32x3")
         at = grad_streams + token[:, None] * size + column[None]
         tl.store(at, grad.to(grad_streams.dtype.element_ty), mask=inside)
     at = (split * K + key[None]) * size + column[:, None]

@@ -117,9 +117,9 @@ def _coefficients(
         if SHORT:
             total = product(x, w, total, NATIVE)
             total = product(x, tl.load(low + at, mask=inside, other=0.0), total, NATIVE)
-        else:
-            total = tl.dot(x, w, total, input_precision="tf32x3")
         wide = x.to(tl.float32)
+        if not SHORT:
+            total = tl.dot(wide, w, total, input_precision="tf32x3")
         squares += wide * wide
     scale = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / size + eps)
     tl.store(factor + token, scale, mask=here)
