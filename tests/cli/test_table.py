@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from torch_engram.memory import save_bank
+from torch_engram.memory import open_bank, save_bank
 
 
 def flip(file: Path) -> None:
@@ -78,18 +79,34 @@ def test_verify_says_what_it_cannot_know_saves_sums_and_names_the_damaged_shard(
     assert engram("table", "verify", shards / "model-0.safetensors").code == 0
 
 
-def test_sums_are_those_of_sha256sum_and_other_files_keep_theirs(engram, shards):
+def test_sums_are_those_of_sha256sum_and_other_lines_stay(engram, shards):
     sums = subprocess.run(
-        ["sha256sum", "-b", "model-0.safetensors"], cwd=shards, capture_output=True, check=True
+        ["sha256sum", "-b", "./model-0.safetensors"], cwd=shards, capture_output=True, check=True
     ).stdout
-    other = f"{'0' * 64}  tokenizer.json\n"
-    (shards / "SHA256SUMS").write_text(sums.decode() + other)
+    others = f"# ours\n{'0' * 64}  tokenizer.json\n\\{'1' * 64}  a\\\\b\n"
+    (shards / "SHA256SUMS").write_text(
+        sums.decode().upper().replace("./MODEL-0.SAFETENSORS", "./model-0.safetensors") + others
+    )
+    (shards / "two\nlines [v1].safetensors").write_bytes((shards / "q.safetensors").read_bytes())
+    (shards / "q.safetensors").unlink()
     done = engram("table", "verify", shards, "--save")
-    assert done.code == 0 and done.out.count("whole ") == 1 and done.out.count("read ") == 2
-    assert other in (shards / "SHA256SUMS").read_text()
+    assert done.code == 0 and done.out.count("whole ") == 1 and done.out.count("read ") == 2 and "[v1]" in done.out
+    assert others in (shards / "SHA256SUMS").read_text()
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=shards, capture_output=True, text=True)
+    assert done.stdout.count(": OK") == 3
+    assert engram("table", "verify", shards).out.count("whole ") == 3
+    flip(shards / "model-0.safetensors")
+    assert engram("table", "verify", shards).code == 1
     (shards / "SHA256SUMS").write_text("no sums\n")
     done = engram("table", "verify", shards)
     assert done.code == 1 and "SHA256SUMS, line 1" in done.err
+
+
+def test_a_shard_that_has_a_checksum_and_is_gone_is_missing(engram, shards):
+    engram("table", "verify", shards, "--save")
+    (shards / "model-1.safetensors").unlink()
+    done = engram("table", "verify", shards)
+    assert done.code == 1 and done.out.count("missing ") == 1 and "model-1.safetensors" in done.err
 
 
 def test_verify_of_a_memory(engram, memory):
@@ -103,6 +120,29 @@ def test_verify_of_a_memory(engram, memory):
     assert engram("table", "verify", memory, "--save").err.startswith("engram: ")
 
 
+@pytest.mark.parametrize(
+    "damage", ["no vocabulary", "another vocabulary", "fewer tables", "fewer rows", "no configuration"]
+)
+def test_a_memory_that_cannot_be_opened_is_not_whole(engram, memory, damage):
+    facts = json.loads((memory / "memory.json").read_text())
+    (vocab,) = memory.glob("canonical-*")
+    if damage == "no vocabulary":
+        vocab.unlink()
+    elif damage == "another vocabulary":
+        vocab.write_bytes(b"x")
+    elif damage == "fewer tables":
+        del facts["tables"][1:]
+    elif damage == "fewer rows":
+        facts["tables"][0] = {**facts["tables"][0], "rows": 0, "parts": []}
+    else:
+        facts["config"] = 7
+    (memory / "memory.json").write_text(json.dumps(facts))
+    done = engram("table", "verify", memory)
+    assert done.code == 1 and "use an intact copy" in done.err and "Traceback" not in done.err, done
+    with pytest.raises(ValueError, match=r"intact copy|0 rows where"):
+        open_bank(memory)
+
+
 @pytest.mark.parametrize("verb", ["info", "verify"])
 def test_what_is_no_table_is_refused(engram, tmp_path, verb):
     for path, needle in ((tmp_path / "gone", "is no file"), (tmp_path, "has no .safetensors file")):
@@ -111,6 +151,8 @@ def test_what_is_no_table_is_refused(engram, tmp_path, verb):
     (tmp_path / "x.safetensors").write_bytes(b"\xff" * 64)
     done = engram("table", verb, tmp_path)
     assert done.code == 1 and "x.safetensors is no whole safetensors file" in done.err
+    save_file({}, tmp_path / "x.safetensors")
+    assert "has no tensor" in engram("table", verb, tmp_path).err
     save_file({"bias": torch.ones(3)}, tmp_path / "x.safetensors")
     done = engram("table", "info", tmp_path)
     assert done.code == 1 and "no matrix that could be a table" in done.err

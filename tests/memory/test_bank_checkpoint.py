@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from torch_engram.addressing import CanonicalVocab
 from torch_engram.memory import MemoryBank, Tokens, checkpoint, load_bank, open_bank, save_bank
 from torch_engram.optim import RowAdam, RowwiseAdam
 from torch_engram.stores import DeviceStore, make_keys
@@ -369,7 +370,7 @@ def test_a_failed_save_over_a_damaged_memory_removes_nothing_that_was_there(
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.CanonicalVocab, "save", full)  # after all parts were written
+    monkeypatch.setattr(CanonicalVocab, "save", full)  # after all parts were written
     with pytest.raises(OSError, match="No space left"):
         save_bank(trained, tmp_path)
     assert files(tmp_path) == before

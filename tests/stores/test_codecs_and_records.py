@@ -76,9 +76,18 @@ def test_fp8_is_deepseeks() -> None:
     ones = torch.ones(256, 1).to(torch.float8_e4m3fn)
     read = CODECS["fp8"].decode((ones, every[:, None].view(torch.float8_e8m0fnu))).flatten()
     assert read.tolist() == [0.0, *(2.0 ** (byte - 127) for byte in range(1, 255)), math.inf]
-    odd = torch.tensor([[math.inf, 1.0], [math.nan, 1.0]])
-    found = CODECS["fp8"].decode(CODECS["fp8"].encode(odd))
-    assert found[:, 0].isnan().all() and found[:, 1].tolist() == [1, 1]
+    lowest, highest = torch.full((1, 32), 2.0**-140), torch.full((1, 32), 3.4e38)
+    assert CODECS["fp8"].encode(lowest)[1].view(torch.uint8).item() == 1
+    assert CODECS["fp8"].encode(highest)[1].view(torch.uint8).item() == 247
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+def test_what_a_scaled_codec_has_not_makes_nan_of_all_that_shares_its_scale(number: float) -> None:
+    rows = torch.ones(2, 40)
+    rows[0, 3] = number
+    for codec, spoilt in (("fp8", 32), ("int8", 40)):
+        found = CODECS[codec].decode(CODECS[codec].encode(rows))
+        assert found[0, :spoilt].isnan().all() and (found[0, spoilt:] == 1).all() and (found[1] == 1).all()
 
 
 @given(PLANES, st.integers(0, 5))

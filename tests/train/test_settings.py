@@ -148,3 +148,8 @@ def test_a_mistake_names_the_field_and_the_mend(setting, complaint):
 def test_an_unknown_recipe_has_a_nearest_one():
     with pytest.raises(ValueError, match="There is no recipe 'small-engrm': did you mean 'small-engram'"):
         get_recipe("small-engrm")
+
+
+def test_a_codec_that_loses_updates_is_no_recipes() -> None:
+    with pytest.raises(ValueError, match="codec is 'fp8': it rounds small updates away: train in fp32 or bf16"):
+        change(get_recipe("tiny"), ["table.codec=fp8"])

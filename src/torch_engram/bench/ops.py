@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -172,9 +173,8 @@ class Stand:
         if self.against == "naive":
             return made.naive(lambda function: function)
         torch._dynamo.reset()  # what other ops compiled counts towards this one's limit of variants
-        torch._logging.set_logs(dynamo=logging.ERROR, inductor=logging.ERROR)  # type: ignore[attr-defined]
         try:
-            with warnings.catch_warnings(action="ignore"):
+            with _quiet_compiler():
                 work = made.naive(lambda function: torch.compile(function, dynamic=False))
                 work()
             return work
@@ -187,6 +187,21 @@ class Stand:
         device, dtype = self.sizes.device, made.product_dtype
         products = {shape: median(product_milliseconds(shape, dtype, device)) for shape in set(made.products)}
         return made.moved / self.copy_rate + sum(products[shape] for shape in made.products)
+
+
+@contextmanager
+def _quiet_compiler() -> Iterator[None]:
+    """Its advice on how to write what it compiles is not for whoever times it."""
+    loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch._inductor")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def require_against(against: str | None) -> None:

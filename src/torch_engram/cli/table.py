@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,9 @@ table = typer.Typer(
     name="table", help="Look into the files of a table, check them, or make some.", no_args_is_help=True
 )
 
+_ANY_WIDTH = 1000
+"""Of a table that is piped: a name is not broken."""
+
 Where = Annotated[
     Path, typer.Argument(metavar="PATH", help="A .safetensors file, a folder of shards, or a saved memory.")
 ]
@@ -25,10 +29,12 @@ Where = Annotated[
 def info(path: Where) -> None:
     """Show every table in the files: rows, width, codec, size, and where it lies.
 
-    DeepSeek-V4.1's and Qwen4Exp's tables are known by name; of other files every matrix is shown. Nothing is loaded.
+    DeepSeek-V4.1's and Qwen4Exp's tables are known by name; of other files every matrix of a codec's type is shown.
+    Nothing is loaded.
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     shown = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("table", "layout", "layer", "rows", "width", "codec", "size", "files"):
@@ -37,16 +43,16 @@ def info(path: Where) -> None:
     if not lines:
         raise ValueError(f"{path} has no matrix that could be a table: give the files of the tables.")
     for line in lines:
-        shown.add_row(*line)
-    Console().print(shown)
+        shown.add_row(*map(Text, line))
+    console = Console()
+    console.print(shown, width=None if console.is_terminal else _ANY_WIDTH, crop=False)
 
 
 def _memory_lines(folder: Path) -> Iterator[tuple[str, ...]]:
-    from torch_engram.memory.bank import tables_of
     from torch_engram.memory.saved import SavedMemory, table_folder
 
     saved = SavedMemory.read(folder)
-    for one, manifest in zip(tables_of(saved.config, saved.layouts), saved.tables, strict=True):
+    for one, manifest in saved.parts():
         files = [folder / table_folder(one.space) / part.file for part in manifest.parts]
         nbytes = sum(file.stat().st_size for file in files)
         also = ", ".join(plane for plane in manifest.planes if not plane.startswith("value"))
@@ -79,13 +85,15 @@ def verify(
     """
     from rich.console import Console
 
-    from torch_engram.stores.checksums import digests, write_sums
+    from torch_engram.stores.checksums import SUMS, digests, write_sums
 
     console = Console(highlight=False)
     own = _is_memory(path)
     if save and own:
         raise ValueError(f"{path} is a memory and names its own checksums: leave out --save.")
     wanted = _memory_checksums(path) if own else _shard_checksums(path)
+    if save and not os.access(next(iter(wanted)).parent, os.W_OK):
+        raise ValueError(f"{next(iter(wanted)).parent} takes no {SUMS}: leave out --save, or make it writable.")
     present = [file for file in wanted if file.is_file()]
     with _progress(console, sum(file.stat().st_size for file in present)) as tell:
         found = digests(present, tell)
@@ -96,7 +104,7 @@ def verify(
             verdict = "missing"
         if verdict in ("damaged", "missing"):
             damaged.append(str(file))
-        console.print(f"{verdict:<7}  {found.get(file, '-' * 64)}  {file.name}", soft_wrap=True)
+        console.print(f"{verdict:<7}  {found.get(file, '-' * 64)}  {file.name}", soft_wrap=True, markup=False)
     if damaged:
         raise ValueError(f"{len(damaged)} of {len(wanted)} files are not whole: fetch {', '.join(damaged)} again.")
     if save:
@@ -146,20 +154,27 @@ def _is_memory(path: Path) -> bool:
 def _memory_checksums(folder: Path) -> dict[Path, str | None]:
     from torch_engram.memory.saved import SavedMemory
 
-    return dict(SavedMemory.read(folder).checksums())
+    saved = SavedMemory.read(folder)
+    saved.require_sound()
+    return dict(saved.checksums())
 
 
 def _shard_checksums(path: Path) -> dict[Path, str | None]:
-    """Of every shard, None where SHA256SUMS has none. Raises ``ValueError`` for headers and shapes that are unsound."""
+    """Of every shard that is there (None without one) or that SHA256SUMS has.
+
+    Raises ``ValueError`` for headers and shapes that are unsound.
+    """
     from torch_engram.stores.checksums import read_sums
     from torch_engram.stores.named_tables import find_tables
     from torch_engram.stores.tensor_files import tensors_in
 
     tensors = tensors_in(path)
     find_tables(tensors)
-    files = sorted({place.file for place in tensors.values()})
+    files = {place.file for place in tensors.values()}
     sums = read_sums(path if path.is_dir() else path.parent)
-    return {file: sums.get(file.name) for file in files}
+    if path.is_dir():
+        files |= {path / name for name in sums if name.endswith(".safetensors")}
+    return {file: sums.get(file.name) for file in sorted(files)}
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_engram.addressing import CanonicalVocab
 from torch_engram.durable import alone_in, is_left_over, replacing, sync
 from torch_engram.memory.bank import MemoryBank
 from torch_engram.memory.rows import Table
@@ -152,14 +151,7 @@ def open_bank(directory: Path, **options: Any) -> MemoryBank:
     """A bank as it was saved. ``options``: ``optimizer``, ``placement``, ``device``, ``dtype`` as for
     :class:`MemoryBank`; without ``optimizer`` the bank is for reading only."""
     saved = SavedMemory.read(directory)
-    facts, path = saved.facts, directory / canonical_file(saved.facts)
-    try:
-        vocab = CanonicalVocab.load(path) if facts["canonical_digest"] else None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): use an intact copy.") from error
-    if vocab is not None and vocab.digest != facts["canonical_digest"]:
-        raise ValueError(f"{path} is not the vocabulary of this memory: use an intact copy.")
-    config, layouts = saved.config, saved.layouts
+    facts, vocab, config, layouts = saved.facts, saved.vocab, saved.config, saved.layouts
     bank = MemoryBank(
         config, vocab, name=facts["name"], codec=facts["codec"], seed=facts["seed"], layouts=layouts, **options
     )

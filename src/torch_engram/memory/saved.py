@@ -9,8 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch_engram.addressing import LayerLayout
+from torch_engram.addressing import CanonicalVocab, LayerLayout
 from torch_engram.config import EngramConfig
+from torch_engram.memory.bank import tables_of
+from torch_engram.memory.rows import Table
 from torch_engram.stores import Manifest
 
 FACTS = "memory.json"
@@ -60,6 +62,8 @@ class SavedMemory:
     @cached_property
     def config(self) -> EngramConfig:
         """Raises ``ValueError`` for one that is none."""
+        if not isinstance(self.facts["config"], dict):
+            raise ValueError(f"{self.folder / FACTS} holds no configuration: use an intact copy.")
         return EngramConfig.from_dict(self.facts["config"])
 
     @cached_property
@@ -73,6 +77,30 @@ class SavedMemory:
         if list(layouts) != list(self.config.layers):
             raise ValueError(f"{path} has no layout for each layer of its configuration: use an intact copy.")
         return layouts
+
+    @cached_property
+    def vocab(self) -> CanonicalVocab | None:
+        """The canonical vocabulary, if it has one. Raises ``ValueError`` when its file is missing or another one."""
+        path = self.folder / canonical_file(self.facts)
+        try:
+            vocab = CanonicalVocab.load(path) if self.facts["canonical_digest"] else None
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}): use an intact copy.") from error
+        if vocab is not None and vocab.digest != self.facts["canonical_digest"]:
+            raise ValueError(f"{path} is not the vocabulary of this memory: use an intact copy.")
+        return vocab
+
+    def parts(self) -> list[tuple[Table, Manifest]]:
+        """Every table with what it consists of. Raises ``ValueError`` when there are others than the memory has."""
+        tables = list(tables_of(self.config, self.layouts))
+        if [table.rows for table in tables] != [manifest.rows for manifest in self.tables]:
+            raise ValueError(f"{self.folder / FACTS} does not name the parts of its tables: use an intact copy.")
+        return list(zip(tables, self.tables, strict=True))
+
+    def require_sound(self) -> None:
+        """Raises ``ValueError`` unless its vocabulary and its tables are those that its configuration says."""
+        self.parts()
+        _ = self.vocab
 
     def checksums(self) -> dict[Path, str]:
         """sha256 of every part of every table."""

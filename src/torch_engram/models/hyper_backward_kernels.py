@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_engram.models.hyper_kernels import THREADS, branches, logits, product, product_tile
+from torch_engram.models.hyper_kernels import THREADS, each_branch, logits, product, product_tile
 from torch_engram.models.sinkhorn_kernels import exponentials, sinkhorn_backward
 
 _TOKENS, _STAGES = 64, 2
@@ -54,14 +54,16 @@ def read_backward_triton(
         grad_pre, *grads[1:3], strength, static, *saved, kept, raw, shrink, partial, tokens, width, iterations,
         M=branches, TOKENS=THREADS, num_warps=1,
     )  # fmt: skip
-    splits = min(_SPLITS, triton.cdiv(tokens, _TOKENS))
-    span = triton.cdiv(triton.cdiv(tokens, splits), _TOKENS) * _TOKENS
+    tile = product_tile(count, streams.dtype == torch.bfloat16)
+    fits = tile["SHORT"] or tile["COUNT"] <= 32  # as two tiles of fp32 and many coefficients do not, on most GPUs
+    rows, stages = (_TOKENS, _STAGES) if fits else (_TOKENS // 2, 1)
+    splits = min(_SPLITS, triton.cdiv(tokens, rows))
+    span = triton.cdiv(triton.cdiv(tokens, splits), rows) * rows
     grad_streams = torch.empty_like(streams)
     grad_weight = weight.new_empty(splits, *weight.shape)
-    tile = product_tile(count, streams.dtype == torch.bfloat16)
     _streams_backward[(branches * triton.cdiv(width, tile["COLUMNS"]), splits)](
         streams, grads[0], grads[3], weight, strength, static, saved[0], raw, shrink, grad_streams, grad_weight,
-        tokens, width, span, M=branches, NATIVE=streams.is_cuda, TOKENS=_TOKENS, STAGES=_STAGES, num_warps=8, **tile,
+        tokens, width, span, M=branches, NATIVE=streams.is_cuda, TOKENS=rows, STAGES=stages, num_warps=8, **tile,
     )  # fmt: skip
     grad_static, grad_strength = partial.sum(0)
     parts = grad_strength.split((branches, branches, branches**2))
@@ -127,8 +129,8 @@ def _dots(streams, grad_read, grad_pre, tokens, width, M: tl.constexpr, TOKENS: 
     for first in range(0, width, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         inside = here[:, None] & (column < width)[None]
-        x = branches(streams, token, column, inside, width, M)
-        g = branches(grad_read, token, column, inside, width, 1)
+        x = each_branch(streams, token, column, inside, width, M)
+        g = each_branch(grad_read, token, column, inside, width, 1)
         sums = plus_dots(sums, x, g, M, 1)
     store_sums(grad_pre + token * M, sums, here, M)
 
@@ -235,9 +237,9 @@ def _write_backward(
     for first in range(0, width, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         inside = here[:, None] & (column < width)[None]
-        g = branches(grad, token, column, inside, width, M)
-        x = branches(streams, token, column, inside, width, M)
-        added = branches(output, token, column, inside, width, 1)
+        g = each_branch(grad, token, column, inside, width, M)
+        x = each_branch(streams, token, column, inside, width, M)
+        added = each_branch(output, token, column, inside, width, 1)
         total = tl.zeros([TOKENS, COLUMNS], tl.float32)
         for row in tl.static_range(M):
             total += tl.load(h_post + token * M + row, mask=here, other=0.0)[:, None] * g[row]

@@ -87,7 +87,7 @@ def product(left, right, total, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def branches(streams, token, column, inside, width, M: tl.constexpr):
+def each_branch(streams, token, column, inside, width, M: tl.constexpr):
     """A tuple of each branch's numbers ``[TOKENS, COLUMNS]`` in fp32, zero where not ``inside``."""
     numbers = ()
     for branch in tl.static_range(M):
@@ -166,7 +166,7 @@ def _mix(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     here = token < tokens
     inside = here[:, None] & (column < width)[None]
-    x = branches(streams, token, column, inside, width, M)
+    x = each_branch(streams, token, column, inside, width, M)
     gain = tl.load(strength)
     total = tl.zeros([TOKENS, COLUMNS], tl.float32)
     for branch in tl.static_range(M):
@@ -185,7 +185,7 @@ def _write(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     here = token < tokens
     inside = here[:, None] & (column < width)[None]
-    x = branches(streams, token, column, inside, width, M)
+    x = each_branch(streams, token, column, inside, width, M)
     added = tl.load(output + token[:, None] * width + column[None], mask=inside, other=0.0).to(tl.float32)
     for row in tl.static_range(M):
         total = tl.load(h_post + token * M + row, mask=here, other=0.0)[:, None] * added

@@ -3,7 +3,7 @@
 A matrix A is a tuple of M * M tiles of tokens, row by row. To divide columns and rows by their sums, in turn, is to
 multiply each by a factor: the result is r_i * A_ij * c_j, and what is iterated are 2M factors and not a matrix,
 c_j = 1 / sum over i of A_ij * r_i, then r_i = 1 / sum over j of A_ij * c_j. Products are taken in an order in which
-none leaves fp32's range unless A does.
+none leaves fp32's range unless a row of A lies a factor of e**87 below the largest numbers of its columns.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ import triton.language as tl
 
 @triton.jit
 def exponentials(logits, M: tl.constexpr):
-    """exp(logits) up to a factor a token, by which Sinkhorn's iterations divide again."""
-    top = logits[0]
-    for cell in tl.static_range(1, M * M):
-        top = tl.maximum(top, logits[cell])
+    """exp(logits) up to a factor a column, by which Sinkhorn's iterations divide first of all: the largest is 1."""
+    tops = ()
+    for j in tl.static_range(M):
+        top = logits[j]
+        for i in tl.static_range(1, M):
+            top = tl.maximum(top, logits[i * M + j])
+        tops = tops + (top,)
     matrix = ()
-    for cell in tl.static_range(M * M):
-        matrix = matrix + (tl.exp(logits[cell] - top),)
+    for i in tl.static_range(M):
+        for j in tl.static_range(M):
+            matrix = matrix + (tl.exp(logits[i * M + j] - tops[j]),)
     return matrix
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from torch_engram.durable import file_digest, replacing, sync
 
 SUMS = "SHA256SUMS"
-_LINE = re.compile(r"\\?([0-9a-fA-F]{64}) [ *](.+)")
+_LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)", re.DOTALL)
+_ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
 _MOST_THREADS = 8
 
 
@@ -27,22 +28,37 @@ def digests(files: Iterable[Path], tell: Callable[[int], None] | None = None) ->
 
 def read_sums(folder: Path) -> dict[str, str]:
     """Checksums by file name; none where ``folder`` has no such file. Raises ``ValueError`` for a line that is none."""
-    path = folder / SUMS
-    if not path.exists():
-        return {}
     sums = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(_lines(folder), start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
         match = _LINE.fullmatch(line)
         if match is None:
-            raise ValueError(f"{path}, line {number} is no checksum and file name: write it anew.")
-        sums[match[2]] = match[1].lower()
+            raise ValueError(f"{folder / SUMS}, line {number} is no checksum and file name: write it anew.")
+        name = (
+            re.sub(r"\\(.)", lambda found: {"n": "\n", "r": "\r"}.get(found[1], found[1]), match[3])
+            if match[1]
+            else match[3]
+        )
+        sums[os.path.normpath(name)] = match[2].lower()
     return sums
 
 
 def write_sums(folder: Path, found: Mapping[Path, str]) -> Path:
-    """Write the checksums of files in ``folder`` beside them; those of other files stay."""
-    sums = read_sums(folder) | {path.name: digest for path, digest in found.items()}
+    """Write the checksums of files in ``folder`` beside them; those that are there already stay as they are."""
+    known = read_sums(folder)
+    lines = [line for line in _lines(folder) if line]
+    for path, digest in sorted(found.items()):
+        if path.name not in known:
+            name = "".join(_ESCAPES.get(letter, letter) for letter in path.name)
+            lines.append(f"{'' if name == path.name else chr(92)}{digest}  {name}")
     with replacing(folder / SUMS) as file:
-        file.write("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())
+        file.write(os.fsencode("".join(f"{line}\n" for line in lines)))
     sync(folder)
     return folder / SUMS
+
+
+def _lines(folder: Path) -> list[str]:
+    """Lines end with a line feed alone, and names may be any bytes."""
+    path = folder / SUMS
+    return os.fsdecode(path.read_bytes()).split("\n") if path.exists() else []

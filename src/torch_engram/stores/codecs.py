@@ -95,7 +95,7 @@ class BFloat16:
 
 
 class Float16:
-    """fp16, rounded to nearest."""
+    """fp16, rounded to nearest; past 65,504 infinity."""
 
     stochastic = trains = False
 
@@ -129,16 +129,16 @@ class Float8:
 
     def encode(self, values: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
         """See :class:`Codec`. Scales are the least powers of two that bring a block to 448 or less, 2**-126 at least;
-        numbers are rounded to nearest, ties to even. Infinity, which E4M3 has not, becomes NaN."""
+        numbers are rounded to nearest, ties to even. A block with infinity, which E4M3 has not, or NaN is all NaN."""
         width = values.shape[1]
         padded = F.pad(values.float(), (0, -width % self._BLOCK)).unflatten(1, (-1, self._BLOCK))
         largest = padded.abs().amax(2) / self._LARGEST
         mantissa, exponent = torch.frexp(largest)
         exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
-        scale = torch.where(largest == 0, 127, exponent + 127).clamp(1, 254).to(torch.uint8)
-        scaled = (padded / self._factors(scale)[..., None]).flatten(1)[:, :width]
-        codes = torch.where(scaled.isfinite(), scaled, torch.nan).to(torch.float8_e4m3fn)
-        return codes, scale.view(torch.float8_e8m0fnu)
+        finite = largest.isfinite()
+        scale = torch.where(finite & (largest > 0), exponent + 127, 127).clamp(1, 254).to(torch.uint8)
+        scaled = torch.where(finite[..., None], padded / self._factors(scale)[..., None], torch.nan)
+        return scaled.flatten(1)[:, :width].to(torch.float8_e4m3fn), scale.view(torch.float8_e8m0fnu)
 
     def decode(self, components: tuple[Tensor, ...]) -> Tensor:
         """See :class:`Codec`."""

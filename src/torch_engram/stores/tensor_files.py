@@ -53,7 +53,8 @@ def read_header(file: Path) -> dict[str, TensorPlace]:
     that overlap, leave gaps or do not have the size that their shape says. Raises ``OSError`` when it cannot be read.
     """
     if not file.is_file():
-        raise ValueError(f"{file} is no file: give a .safetensors file, or a folder of them.")
+        what = "is a link to nothing: fetch it again" if file.is_symlink() else "is no file: give a .safetensors file"
+        raise ValueError(f"{file} {what}, or give a folder of shards.")
     try:
         with safe_open(file, framework="numpy"):  # it maps the file read-only, and loads nothing
             pass
@@ -86,11 +87,14 @@ def tensors_in(path: Path) -> dict[str, TensorPlace]:
         raise ValueError(
             f"{path} has {len(indices)} indices ({indices[0].name}, …): give the shards of one checkpoint."
         )
-    return _by_index(indices[0]) if indices else _all_in(path)
+    found = _by_index(indices[0]) if indices else _all_in(path)
+    if not found:
+        raise ValueError(f"{path} has no tensor in its shards: give the folder of a checkpoint.")
+    return found
 
 
 def _all_in(folder: Path) -> dict[str, TensorPlace]:
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(file for file in folder.glob("*.safetensors") if not file.is_dir())
     if not files:
         raise ValueError(f"{folder} has no .safetensors file: give the file, or the folder that holds the shards.")
     found: dict[str, TensorPlace] = {}

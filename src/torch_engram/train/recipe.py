@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from torch_engram.config import checked_fields, nearest, need
-from torch_engram.memory.bank import require_known, require_trainable
+from torch_engram.memory.bank import require_known
 from torch_engram.models import DecoderConfig
 from torch_engram.optim import ROW_OPTIMIZERS
+from torch_engram.stores import CODECS
 from torch_engram.train.schedule import SCHEDULES
 
 DEVICES = ("cpu", "cuda")
@@ -63,7 +64,7 @@ class TableRecipe:
         for name in ("lr", "weight_decay", "prefetch"):
             need(self, getattr(self, name) >= 0, name, "it must not be negative.")
         require_known(self.codec, self.placement)
-        require_trainable(self.codec)
+        need(self, CODECS[self.codec].trains, "codec", "it rounds small updates away: train in fp32 or bf16.")
 
 
 @dataclass(frozen=True)
