@@ -69,7 +69,7 @@ def test_equals_the_twin(size: tuple[int, int, int, int], dtype: torch.dtype, it
 
 @pytest.mark.parametrize("branches", [2, 4, 7])
 def test_parameters_of_mixing_are_exact_in_bf16(branches: int) -> None:
-    """Streams in bf16 are exact; weights and the gradients of coefficients are no bf16 numbers and do not become such."""
+    """Streams in bf16 are exact; weights and gradients of coefficients are no bf16 numbers and do not become such."""
     streams, _, *parameters = leaves((2, 70, branches, 40), torch.bfloat16)
     grads = []
     for read, inputs in ((read_fused, streams), (read_naive, streams.detach().float())):
