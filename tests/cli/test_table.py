@@ -152,7 +152,8 @@ def test_what_is_no_table_is_refused(engram, tmp_path, verb):
     done = engram("table", verb, tmp_path)
     assert done.code == 1 and "x.safetensors is no whole safetensors file" in done.err
     save_file({}, tmp_path / "x.safetensors")
-    assert "has no tensor" in engram("table", verb, tmp_path).err
+    for path in (tmp_path, tmp_path / "x.safetensors"):
+        assert f"{path} has no tensor" in engram("table", verb, path).err
     save_file({"bias": torch.ones(3)}, tmp_path / "x.safetensors")
     done = engram("table", "info", tmp_path)
     assert done.code == 1 and "no matrix that could be a table" in done.err

@@ -35,12 +35,10 @@ def read_sums(folder: Path) -> dict[str, str]:
         match = _LINE.fullmatch(line)
         if match is None:
             raise ValueError(f"{folder / SUMS}, line {number} is no checksum and file name: write it anew.")
-        name = (
-            re.sub(r"\\(.)", lambda found: {"n": "\n", "r": "\r"}.get(found[1], found[1]), match[3])
-            if match[1]
-            else match[3]
-        )
-        sums[os.path.normpath(name)] = match[2].lower()
+        escaped, digest, name = match.groups()
+        if escaped:
+            name = re.sub(r"\\(.)", lambda found: {"n": "\n", "r": "\r"}.get(found[1], found[1]), name)
+        sums[os.path.normpath(name)] = digest.lower()
     return sums
 
 

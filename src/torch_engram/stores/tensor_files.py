@@ -78,19 +78,21 @@ def tensors_in(path: Path) -> dict[str, TensorPlace]:
     """The tensors of a file, or of a folder: of the shards that its index names, or of all that lie in it.
 
     Raises ``ValueError`` naming the shard as :func:`read_header` does, or when an index names a shard or a tensor that
-    is not there, two shards hold one tensor, or a folder has no safetensors file or more than one index.
+    is not there, two shards hold one tensor, there is none at all, or a folder has more than one index.
     """
-    if not path.is_dir():
-        return read_header(path)
+    found = _in_folder(path) if path.is_dir() else read_header(path)
+    if not found:
+        raise ValueError(f"{path} has no tensor: give the files of a checkpoint.")
+    return found
+
+
+def _in_folder(path: Path) -> dict[str, TensorPlace]:
     indices = sorted(path.glob("*.safetensors.index.json"))
     if len(indices) > 1:
         raise ValueError(
             f"{path} has {len(indices)} indices ({indices[0].name}, …): give the shards of one checkpoint."
         )
-    found = _by_index(indices[0]) if indices else _all_in(path)
-    if not found:
-        raise ValueError(f"{path} has no tensor in its shards: give the folder of a checkpoint.")
-    return found
+    return _by_index(indices[0]) if indices else _all_in(path)
 
 
 def _all_in(folder: Path) -> dict[str, TensorPlace]:
