@@ -129,8 +129,10 @@ class MoE(nn.Module):
 
     def route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Chosen experts (int64) and their gates (fp32), ``[n, k]``, for ``[n, d]``."""
+        experts = self.config.experts
         with torch.autocast(rows.device.type, enabled=False):  # near ties must not depend on bf16
-            logits = F.linear(rows.float(), self.router.float())
+            # A GPU multiplies matrices of an odd size, say 29 experts, at a fraction of its speed.
+            logits = F.linear(rows.float(), F.pad(self.router.float(), (0, 0, 0, -experts % 8)))[:, :experts]
         return choose(logits, self.bias, self.config.top_k)
 
     @torch.no_grad()
