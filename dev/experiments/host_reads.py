@@ -41,7 +41,7 @@ def _read(table, rows, out, count, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     )
 
 
-def read(table: Tensor, rows: Tensor, out: Tensor, per_program: int) -> None:
+def read(table: Tensor, out: Tensor, per_program: int, rows: Tensor) -> None:
     grid = (triton.cdiv(len(rows), per_program),)
     _read[grid](table, rows, out, len(rows), WIDTH=WORDS, ROWS=per_program, num_warps=4)
 

@@ -51,10 +51,8 @@ def show(events: list[dict[str, Any]]) -> None:
         busy += max(0.0, event["ts"] + event["dur"] - max(end, event["ts"]))
         if event["ts"] + event["dur"] > end:
             end, last = event["ts"] + event["dur"], event["name"]
-    span = end - events[0]["ts"]
-    print(
-        f"{span / STEPS / 1e3:.2f} ms a step, busy {busy / STEPS / 1e3:.2f}, kernels {sum(spent.values()) / STEPS / 1e3:.2f}"
-    )
+    each = [f"{time / STEPS / 1e3:.2f}" for time in (end - events[0]["ts"], busy, sum(spent.values()))]
+    print(f"{each[0]} ms a step, the GPU busy {each[1]}, all kernels {each[2]}")
     for name in sorted(spent, key=lambda name: -spent[name])[:KERNELS]:
         print(f"{spent[name] / STEPS / 1e3:9.3f} ms {count[name] / STEPS:6.1f} {name[:150]}")
     print(f"gaps: {sum(gap for gap, *_ in gaps) / STEPS / 1e3:.2f} ms a step")
