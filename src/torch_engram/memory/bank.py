@@ -69,7 +69,7 @@ class MemoryBank:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-prefetch")
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.aside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        """A GPU's stream for what is done beside the network: writes laid over, gradients merged, rows updated."""
+        """A GPU's stream for what is done in a step beside the network: newer writes laid over, gradients merged."""
 
     def parameters(self) -> list[nn.Parameter]:
         """One proxy a table: between ``reduce()`` and ``apply()`` it is the step's rows ``[U, dim]`` and their
@@ -193,13 +193,7 @@ class MemoryBank:
             raise ValueError(
                 "Another step was applied after this one read its rows: apply each step before the next one is read."
             )
-        if self.aside is not None:  # the gradients are the current stream's, which may have clipped them
-            self.aside.wait_stream(torch.cuda.current_stream(self.device))
-            for proxy, touched in zip(self._proxies, rows, strict=True):
-                touched.used_on(self.aside)
-                if proxy.grad is not None:
-                    proxy.grad.record_stream(self.aside)
-        with torch.cuda.stream(self.aside):
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             self.optimizer.step()
             for touched in rows:
                 touched.write()

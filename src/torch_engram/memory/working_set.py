@@ -176,8 +176,7 @@ class WorkingSet:
         return total
 
     def apply(self, scale: float = 1.0) -> None:
-        """Multiply the gradients by ``scale``, take one step of the bank's optimiser, and write the rows back. A GPU
-        does so beside the current stream, as it is then: call it before the other optimisers' steps.
+        """Multiply the gradients by ``scale``, take one step of the bank's optimiser, and write the rows back.
 
         Raises ``ValueError`` when another working set was applied after this one's rows were read.
         """

@@ -185,11 +185,11 @@ class Trainer:
         for rows in prepared.rows.values():
             rows.reduce()
         norm = self._clip()
-        for rows in prepared.rows.values():
-            rows.apply()  # on a GPU beside the steps that follow
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=not self.recipe.capture)  # a graph adds to the same tensors every time
+        for rows in prepared.rows.values():
+            rows.apply()
         for scheduler in self._schedulers:
             scheduler.step()
         self._balance = self.decoder.update_balance(self.recipe.balance_rate)
