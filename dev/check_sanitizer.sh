@@ -3,21 +3,24 @@
 # (racecheck) of our own kernels, whose names begin with an underscore and a small letter. Allocations are PyTorch's
 # own, one cudaMalloc each, so that an access past the end of a tensor is past the end of its memory. Run the tests
 # without it first: kernels are then compiled already. Its log on standard output:
-#     sh dev/check_sanitizer.sh [SECONDS A FILE] > sanitizer.log 2>&1
+#     sh dev/check_sanitizer.sh [SECONDS A FILE [TOOL [FILE ...]]] > sanitizer.log 2>&1
 export PYTHONPATH=src PYTORCH_NO_CUDA_MEMORY_CACHING=1 COLUMNS=120
 seconds=${1:-600}
+tools=${2:-memcheck racecheck}
+[ $# -gt 2 ] && shift 2 && files=$* \
+    || files=$(find tests -name 'test_*kernels.py' -o -name test_fused.py -o -name test_fp8.py -o -name test_loss.py | sort)
 folder=$(mktemp -d)
 sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
 
 date -u +%F
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 "$sanitizer" --version | tail -n 1
-for tool in memcheck racecheck; do
-    for file in $(find tests -name 'test_*kernels.py' -o -name test_fused.py -o -name test_fp8.py -o -name test_loss.py | sort); do
+for tool in $tools; do
+    for file in $files; do
         name=$tool-$(basename "$file" .py)
         timeout -s INT "$seconds" "$sanitizer" --tool "$tool" --kernel-name regex='^_[a-z]' --report-api-errors no \
-            --launch-timeout 120 python -m pytest "$file" -p no:cacheprovider -p no:benchmark -p no:xdist -W default \
-            -k 'not compile and not traced' --disable-warnings --tb=line > "$folder/$name" 2>&1 &
+            --launch-timeout 120 --target-processes all python -m pytest "$file" -n 3 -p no:cacheprovider -p no:benchmark \
+            -W default -k 'not compile and not traced' --disable-warnings --tb=line > "$folder/$name" 2>&1 &
     done
 done
 wait
