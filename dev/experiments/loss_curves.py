@@ -3,14 +3,15 @@
 PYTHONPATH=src python dev/experiments/loss_curves.py FOLDER [STEPS]
 
 Three forms of one run, three seeds each: *fast* (bf16, kernels, compiled, captured), *naive* (bf16 without
-any of these) and *exact* (naive in fp32, residual stream and experts too). 8,192 tokens a step. Three runs share
-the GPU, so nothing here is a speed. Writes ``loss-curves.csv``, form, seed and the mean loss of every 20 steps, and
-prints for each form the mean over seeds of the last 60 steps and those of the seeds.
+any of these) and *exact* (naive in fp32, residual stream and experts too). 8,192 tokens a step. Some runs share
+the GPU, so nothing here is a speed. Writes ``loss-curves.csv``, form, seed and the mean loss of every 20 steps, of a run
+that was cut off those that it took; prints the mean of each run's last 60 steps.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import statistics
 import subprocess
@@ -30,6 +31,8 @@ FORMS = {
     "exact": {"dtype": "fp32", "compile": False, "capture": False},
 }
 SEEDS, MEAN, LAST = (0, 1, 2), 20, 60
+TOGETHER = (("fast", "naive"), ("exact",))
+"""Forms whose runs share the GPU: more do not fit into 80 GB."""
 
 
 def train(folder: Path, form: str, seed: int, steps: int) -> None:
@@ -53,23 +56,28 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     build_text(replace(get_recipe("small-engram"), cache=str(folder / "cache")))  # once for all
     command, environment = [sys.executable, __file__, str(folder), str(steps)], {**os.environ, "OMP_NUM_THREADS": "1"}
-    for form in FORMS:  # one after the other: more do not fit into 80 GB
-        running = [subprocess.Popen([*command, form, str(seed)], env=environment) for seed in SEEDS]
-        ends = [process.wait() for process in running]
-        assert not any(ends), f"a {form} run failed"
+    for forms in TOGETHER:
+        running = [subprocess.Popen([*command, form, str(seed)], env=environment) for form in forms for seed in SEEDS]
+        for process in running:
+            process.wait()
+        write(folder)
+
+
+def write(folder: Path) -> None:
+    """The table of what was trained so far, and its ends."""
     with open(folder / "loss-curves.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("form", "seed", "step", "loss"))
-        for form in FORMS:
-            ends = []
-            for seed in SEEDS:
-                losses = [float(line) for line in (folder / f"{form}-{seed}.txt").read_text().split()]
-                for start in range(0, steps, MEAN):
-                    mean = statistics.mean(losses[start : start + MEAN])
-                    writer.writerow((form, seed, start + MEAN, f"{mean:.4f}"))
-                ends.append(statistics.mean(losses[-LAST:]))
-            seeds = ", ".join(f"{end:.4f}" for end in ends)
-            print(f"{form}: last {LAST} steps {statistics.mean(ends):.4f}, seeds {seeds}")
+        for form, seed in itertools.product(FORMS, SEEDS):
+            run = folder / f"{form}-{seed}.txt"
+            losses = [float(line) for line in run.read_text().split()] if run.exists() else []
+            for stop in range(MEAN, len(losses) + 1, MEAN):
+                writer.writerow((form, seed, stop, f"{statistics.mean(losses[stop - MEAN : stop]):.4f}"))
+            if losses:
+                print(
+                    f"{form} {seed}: last {LAST} of {len(losses)} steps {statistics.mean(losses[-LAST:]):.4f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
