@@ -4,8 +4,8 @@ PYTHONPATH=src python dev/experiments/loss_curves.py FOLDER [STEPS]
 
 Three forms of one run, three seeds each: *fast* (bf16, kernels, compiled, captured), *naive* (bf16 without
 any of these) and *exact* (naive in fp32, residual stream and experts too). 8,192 tokens a step. Some runs share
-the GPU, so nothing here is a speed. Writes ``loss-curves.csv``, form, seed and the mean loss of every 20 steps, of a run
-that was cut off those that it took; prints the mean of each run's last 60 steps.
+the GPU, so nothing here is a speed. Writes ``loss-curves.csv``, form, seed and the mean loss of every 20 steps (of a
+run that was cut off those that it took), and prints the mean of each run's last 60 steps.
 """
 
 from __future__ import annotations
