@@ -187,7 +187,7 @@ class Trainer:
         norm = self._clip()
         for optimizer in self.optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=not self.recipe.capture)  # a graph adds to the same tensors every time
+            optimizer.zero_grad()
         for rows in prepared.rows.values():
             rows.apply()
         for scheduler in self._schedulers:

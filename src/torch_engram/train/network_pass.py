@@ -58,9 +58,10 @@ class NetworkPass:
 class CapturedPass(NetworkPass):
     """The same, captured after some passes: the host then launches one graph in place of thousands of kernels.
 
-    Gradients are added up in tensors that stay, so zero them and never set them to None. Batches are ``batch_size``
-    sequences of ``seq_len`` tokens, and either all are given a mask (``masked``) or none may need one. Passes that take
-    turns may share a ``pool`` of memory; whatever else is in it must not be used while a pass runs.
+    A step's first micro-batch, number 0, overwrites the parameters' gradients, and has a graph of its own; those that
+    follow add to them. Batches are ``batch_size`` sequences of ``seq_len`` tokens, and either all are given a mask
+    (``masked``) or none may need one. Passes that take turns, step by step, may share a ``pool`` of memory; whatever
+    else is in it must not be used while a pass runs.
     """
 
     def __init__(
@@ -84,7 +85,8 @@ class CapturedPass(NetworkPass):
         self._memories = {name: FixedMemory(bank, batch_size, seq_len) for name, bank in banks.items()}
         self._stream = torch.cuda.Stream(device)
         self._passes = 0
-        self._graph: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
+        self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by whether they add, each with its loss
+        self._grads: list[tuple[Tensor, Tensor]] = []  # parameters, and their gradients in the graphs
 
     def __call__(self, batch: Batch, rows: Mapping[str, WorkingSet], micro: int, divisor: Tensor) -> Tensor:
         """See :class:`NetworkPass`; everything is brought to where the graph reads it."""
@@ -98,7 +100,7 @@ class CapturedPass(NetworkPass):
         try:
             for name, memory in self._memories.items():
                 memory.load(rows[name], micro)
-            loss = self._replay()
+            loss = self._replay(adds=micro > 0)
             for memory in self._memories.values():
                 memory.merge()
         except BaseException:
@@ -107,9 +109,9 @@ class CapturedPass(NetworkPass):
             raise
         return loss
 
-    def _replay(self) -> Tensor:
-        """The loss of what was loaded, by a graph as soon as there is one."""
-        if self._passes < _WARM_UP:
+    def _replay(self, adds: bool) -> Tensor:
+        """The loss of what was loaded, by a graph as soon as there is one. ``adds``: to the gradients there are."""
+        if self._passes < _WARM_UP or (adds and not self._graphs):
             self._passes += 1
             current = torch.cuda.current_stream(self._stream.device)
             self._stream.wait_stream(current)
@@ -117,20 +119,26 @@ class CapturedPass(NetworkPass):
                 loss = self._compute()
             current.wait_stream(self._stream)
             return loss
-        if self._graph is None:
-            self._graph = self._capture()
-        graph, loss = self._graph
+        if adds not in self._graphs:
+            self._graphs[adds] = self._capture(adds)
+        graph, loss = self._graphs[adds]
         graph.replay()
+        for parameter, grad in self._grads:  # whoever zeroed them may have set them to None
+            parameter.grad = grad
         return loss.clone()
 
     def _compute(self) -> Tensor:
         memory = join(*self._memories.values()) if self._memories else None
         return self._run(self._tokens, self._targets, self._doc_start, memory, self._divisor)
 
-    def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, adds: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         for bank in self._banks.values():
             bank.settle()  # another thread that asks for memory now would spoil the capture
+        if not adds:  # they are then made within the graph: nothing is zeroed, and nothing added to zeros
+            self.decoder.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self._stream, capture_error_mode="thread_local"):
             loss = self._compute()
+        if not adds:
+            self._grads = [(each, each.grad) for each in self.decoder.parameters() if each.grad is not None]
         return graph, loss
