@@ -6,6 +6,7 @@ from torch_engram.stores.device import DeviceStore
 from torch_engram.stores.disk import DiskStore
 from torch_engram.stores.file_rows import FileRows
 from torch_engram.stores.host import HostStore
+from torch_engram.stores.loaded import LoadedStore
 from torch_engram.stores.manifest import Manifest, planes_of
 from torch_engram.stores.parts import check_table, load_table, parts_in, save_table, update_table
 from torch_engram.stores.protocol import Store, WritableStore
@@ -20,6 +21,7 @@ __all__ = [
     "DiskStore",
     "FileRows",
     "HostStore",
+    "LoadedStore",
     "Manifest",
     "Plane",
     "RecordLayout",
