@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,6 +147,20 @@ def test_rows_of_any_size_at_any_byte(
         assert torch.equal(store.fetch(keys)[:, :width], content[keys]), name
 
 
+def test_a_large_fetch_goes_in_pieces(store_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = one_table(tmp_path)
+    store, sizes = store_of(found), []
+    read = store._reader.read
+
+    def note(files: Any, number: Any, starts: Any, nbytes: int, target: Any) -> None:
+        sizes.append(len(target))
+        read(files, number, starts, nbytes, target)
+
+    monkeypatch.setattr(store._reader, "read", note)
+    store.fetch(torch.arange(900))
+    assert max(sizes) <= SMALLEST and sum(sizes) == 900 * 128 and len(sizes) > 1
+
+
 def test_rows_past_2_to_the_31(store_of: Make, tmp_path: Path) -> None:
     rows = 2**31 + 9
     file = tmp_path / "table.safetensors"
@@ -195,8 +210,12 @@ def one_table(folder: Path, rows: int = 900) -> tuple[dict[int, FileRows], Path]
 
 def test_a_file_that_is_truncated_while_in_use_is_named_and_ends_no_process(store_of: Make, tmp_path: Path) -> None:
     found, file = one_table(tmp_path)
-    store, size = store_of(found), file.stat().st_size
+    size = file.stat().st_size
+    store, unused = store_of(found), store_of(found)
     store.fetch(torch.arange(900))  # its pages are mapped by now
+    os.truncate(file, size - 1)
+    with pytest.raises(OSError, match="was changed while it was in use"):
+        unused.fetch(torch.arange(900))
     for left in (size - 1, size // 2, 0):
         os.truncate(file, left)
         for keys in (torch.arange(900), torch.tensor([899]), torch.tensor([0])):

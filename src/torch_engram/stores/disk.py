@@ -26,14 +26,15 @@ from torch_engram.stores.records import ROW_MASK, SPACE_SHIFT
 from torch_engram.stores.row_reads import Int64s, RowReader, ThreadReader
 
 STAGING = 32 << 20
-"""Bytes that a fetch holds beside what it returns."""
+"""Bytes of each buffer that a fetch holds beside what it returns."""
 
 
 class DiskStore:
     """A read-only store of tables in files, by space; their records must be alike.
 
     ``direct``: past the page cache (O_DIRECT); where a file system has none, through it, with a warning. ``staging``:
-    bytes that a fetch may hold beside its result; a larger one goes in pieces. Any thread may fetch, one at a time.
+    bytes of each buffer that a fetch holds beside its result; a larger one goes in pieces. Any thread may fetch, one
+    after the other.
     Raises ``ValueError`` when there is no table, or two have other records.
     """
 
