@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_engram.addressing import Addressing
 from torch_engram.data import Batch
 from torch_engram.memory import MemoryBank
-from torch_engram.memory.rows import Table
+from torch_engram.memory.tables import Table
 from torch_engram.stores import CODECS, RecordLayout, make_keys
 
 _CHUNK_BYTES = 1 << 26  # of records held at a time

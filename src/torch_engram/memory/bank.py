@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
-from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from torch_engram.addressing import Addressing, CanonicalVocab, LayerLayout, Lookup
-from torch_engram.config import EngramConfig, nearest
+from torch_engram.config import EngramConfig
+from torch_engram.memory.file_tables import IN_PLACE, NEVER_WRITTEN, FileTables, Tables
+from torch_engram.memory.placement import PLACEMENTS, StoreFactory, make_sources, require_known, require_trainable
 from torch_engram.memory.prepared import PreparedLayer
-from torch_engram.memory.rows import Table, TouchedRows
+from torch_engram.memory.rows import TouchedRows
 from torch_engram.memory.source import Source
+from torch_engram.memory.tables import Table, tables_of
 from torch_engram.memory.tokens import Tokens
 from torch_engram.memory.working_set import Memory, WorkingSet
 from torch_engram.optim import RowOptimizer
-from torch_engram.stores import CODECS, DeviceStore, HostStore, Plane, RecordLayout, RowFormat, Store, WritableStore
+from torch_engram.stores import Plane, RecordLayout, RowFormat, WritableStore
 from torch_engram.window import Window
-
-StoreFactory = Callable[[RecordLayout, Mapping[int, int], torch.device], Store]
-
-PLACEMENTS: dict[str, StoreFactory] = {
-    "device": DeviceStore,
-    "host": lambda layout, spaces, device: HostStore(layout, spaces, pinned=device.type == "cuda"),
-}
 
 
 class MemoryBank:
     """The tables of one memory and everything that is done to them.
 
     ``vocab``: the tokenizer's canonical vocabulary (scheme ``engram``). ``optimizer``: called with the bank's proxy
-    parameters, returns the row optimiser; a bank without one can only be read. ``placement``: where rows live, a name
-    from :data:`PLACEMENTS` or a function that makes a store. ``codec``: how values are stored, fp32 or bf16, and in a
-    bank that is only read also fp16, fp8 or int8. ``device``, ``dtype``: of the embeddings, so the backbone's.
-    ``layouts``: a checkpoint's. Raises ``ValueError`` naming what does not fit.
+    parameters, returns the row optimiser; a bank without one can only be read. ``tables``: safetensors files whose rows
+    are served and never written to: a file, or a folder of shards, by the layers in the names of its tensors; or for
+    every layer its :class:`~torch_engram.stores.named_tables.NamedTable` or (path, name of the tensor). ``placement``:
+    where rows live, ``device``, ``host`` or a function that makes a store; those of ``tables`` are loaded there, or
+    with ``disk`` and ``disk-direct`` read where they are, through the page cache or past it. ``codec``: how values are
+    stored, by default fp32, or as the files have them; bf16, and in a bank that is only read also fp16, fp8 or int8.
+    ``device``, ``dtype``: of the embeddings, so the backbone's. ``layouts``: a checkpoint's. Raises ``ValueError``
+    naming what does not fit, ``OSError`` for a file that cannot be read.
     """
 
     def __init__(
@@ -46,30 +45,51 @@ class MemoryBank:
         vocab: CanonicalVocab | None = None,
         *,
         optimizer: Callable[[list[nn.Parameter]], RowOptimizer] | None = None,
+        tables: Tables | None = None,
         placement: str | StoreFactory = "device",
-        codec: str = "fp32",
+        codec: str | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         name: str = "engram",
         seed: int = 0,
         layouts: Mapping[int, LayerLayout] | None = None,
     ):
-        require_known(codec, placement)
-        if optimizer is not None:
-            require_trainable(codec)
         self.config, self.name, self.dtype, self.device = config, name, dtype, torch.device(device)
-        self.codec, self.seed = codec, seed
         self.addressing = Addressing(config, vocab, layouts)
         self.tables = list(tables_of(config, self.addressing.layouts))
+        self.seed, self.in_files = seed, tables is not None
+        """``in_files``: whether the rows are those of tables in files, which nobody changes."""
+        make = self._choose_stores(tables, placement, codec, optimizer is not None)
         self._proxies = [nn.Parameter(torch.empty(0, table.dim, device=self.device)) for table in self.tables]
         self.optimizer = optimizer(self._proxies) if optimizer is not None else None
-        self._sources = self._make_sources(placement)
+        self._sources = make_sources(
+            self.tables, [self._format(table) for table in self.tables], make,
+            device=self.device, name=name, trains=optimizer is not None,
+        )  # fmt: skip
         self.saved: tuple[Path, str, tuple[int, ...]] | None = None
         """Where the rows were last saved to or loaded from: folder, digest of its contents, since when stores count."""
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-prefetch")
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.aside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         """A GPU's stream for what is done in a step beside the network: newer writes laid over, gradients merged."""
+
+    def _choose_stores(
+        self, tables: Tables | None, placement: str | StoreFactory, codec: str | None, trains: bool
+    ) -> StoreFactory:
+        """What makes the stores; settles the codec."""
+        if tables is not None:
+            if trains:
+                raise ValueError(NEVER_WRITTEN)
+            files = FileTables(tables, self.tables, codec, placement)
+            self.codec = files.codec
+            return files.make_store
+        if placement in IN_PLACE:
+            raise ValueError(f"placement={placement!r} reads tables in files: give tables=, or use open_bank().")
+        self.codec = codec or "fp32"
+        require_known(self.codec, placement)
+        if trains:
+            require_trainable(self.codec)
+        return PLACEMENTS[placement] if isinstance(placement, str) else placement
 
     def parameters(self) -> list[nn.Parameter]:
         """One proxy a table: between ``reduce()`` and ``apply()`` it is the step's rows ``[U, dim]`` and their
@@ -227,51 +247,11 @@ class MemoryBank:
         """The store, record format and recent writes behind a table."""
         return self._sources[self.tables.index(table)]
 
-    def _planes(self, table: Table) -> tuple[Plane, ...]:
+    def _format(self, table: Table) -> RowFormat:
+        value, count = Plane("value", table.dim, self.codec), Plane("count", 1, "int32")
         own = self.optimizer.planes(table.dim) if self.optimizer is not None else ()
-        return Plane("value", table.dim, self.codec), Plane("count", 1, "int32"), *own
-
-    def _make_sources(self, placement: str | StoreFactory) -> list[Source]:
-        """One source a table; tables whose records are alike share a store."""
-        make = PLACEMENTS[placement] if isinstance(placement, str) else placement
-        layouts = [RecordLayout(self._planes(table)) for table in self.tables]
-        sources: dict[RecordLayout, Source] = {}
-        for layout in layouts:
-            if layout not in sources:
-                spaces = {
-                    table.space: table.rows for table, own in zip(self.tables, layouts, strict=True) if own == layout
-                }
-                try:
-                    store = make(layout, spaces, self.device)
-                except (MemoryError, torch.OutOfMemoryError) as error:
-                    size = sum(spaces.values()) * layout.nbytes / 2**30
-                    state, smaller = (" with their optimiser state", "RowwiseAdam, ") if self.optimizer else ("", "")
-                    raise ValueError(
-                        f"The tables of memory {self.name!r} take {size:,.1f} GiB{state}, which {self.device} does not "
-                        f"have: lower rows_per_head, or use {smaller}codec='bf16' or placement='host'."
-                    ) from error
-                if self.optimizer is not None and not isinstance(store, WritableStore):
-                    raise ValueError(
-                        f"{type(store).__name__} is read-only: leave out the optimizer, or use another store."
-                    )
-                sources[layout] = Source(store, RowFormat(layout, self.seed, self.config.init_std))
-        return [sources[layout] for layout in layouts]
-
-
-def require_known(codec: str, placement: str | StoreFactory) -> None:
-    """Raises ``ValueError`` for a codec or a placement that is none, with the nearest one."""
-    holds_values = [name for name in CODECS if name != "int32"]
-    if codec not in holds_values:
-        raise ValueError(f"There is no codec {codec!r} for values: {nearest(codec, holds_values)}")
-    if isinstance(placement, str) and placement not in PLACEMENTS:
-        raise ValueError(f"There is no placement {placement!r}: {nearest(placement, PLACEMENTS)}")
-
-
-def require_trainable(codec: str) -> None:
-    """Raises ``ValueError`` for a codec that loses small updates."""
-    if not CODECS[codec].trains:
-        trains = " or ".join(repr(name) for name, known in CODECS.items() if known.trains and name != "int32")
-        raise ValueError(f"codec={codec!r} rounds small updates away: train in {trains}, or leave out the optimizer.")
+        planes = (value,) if self.in_files else (value, count, *own)
+        return RowFormat(RecordLayout(planes), self.seed, self.config.init_std)
 
 
 def _as_tokens(tokens: Tokens | Tensor) -> Tokens:
@@ -280,19 +260,3 @@ def _as_tokens(tokens: Tokens | Tensor) -> Tokens:
     if not isinstance(tokens, Tokens):
         raise ValueError(f"Tokens come as an int64 tensor [B, T] or as Tokens, not as a {type(tokens).__name__}.")
     return tokens
-
-
-def tables_of(config: EngramConfig, layouts: Mapping[int, LayerLayout]) -> Iterator[Table]:
-    """A memory's tables: a layer's columns, split where the row width changes from one order to the next; spaces number
-    them."""
-    sizes = zip(config.per_order("row_dim"), config.per_order("heads"), strict=True)
-    columns = [(dim, order) for order, (dim, heads) in enumerate(sizes) for _ in range(heads)]
-    space = 0
-    for layer in config.layers:
-        bounds = (*layouts[layer].offsets, layouts[layer].rows)
-        first = 0
-        for dim, run in groupby(columns, key=lambda column: column[0]):
-            orders = tuple(order for _, order in run)
-            last = first + len(orders)
-            yield Table(layer, space, slice(first, last), bounds[first], bounds[last] - bounds[first], dim, orders)
-            first, space = last, space + 1

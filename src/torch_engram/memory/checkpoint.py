@@ -14,18 +14,25 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torch_engram.durable import alone_in, is_left_over, replacing, sync
 from torch_engram.memory.bank import MemoryBank
-from torch_engram.memory.rows import Table
+from torch_engram.memory.file_tables import IN_PLACE, NEVER_WRITTEN
+from torch_engram.memory.placement import StoreFactory
 from torch_engram.memory.saved import FACTS, NAMES, SavedMemory, canonical_file, table_folder
+from torch_engram.memory.tables import Table
 from torch_engram.stores import (
+    DiskStore,
+    FileRows,
     Manifest,
+    RecordLayout,
+    Store,
     WritableStore,
     check_table,
     load_table,
@@ -42,8 +49,10 @@ def save_bank(bank: MemoryBank, directory: Path) -> None:
 
     Into the folder that the bank was last saved to or loaded from go only the rows that changed since. Two processes
     of one machine save into a folder one after the other. Raises ``OSError`` when the disk is full, and ``ValueError``
-    when the bank lacks planes, such as moments, of that folder's memory.
+    when the bank lacks planes, such as moments, of that folder's memory, or its rows are those of tables in files.
     """
+    if bank.in_files:
+        raise ValueError(f"Memory {bank.name!r} only reads its tables, and holds no row of its own: copy their files.")
     directory.mkdir(parents=True, exist_ok=True)
     bank.flush()
     with alone_in(directory, wait=True):
@@ -149,14 +158,35 @@ def load_bank(bank: MemoryBank, directory: Path) -> None:
 
 def open_bank(directory: Path, **options: Any) -> MemoryBank:
     """A bank as it was saved. ``options``: ``optimizer``, ``placement``, ``device``, ``dtype`` as for
-    :class:`MemoryBank`; without ``optimizer`` the bank is for reading only."""
+    :class:`MemoryBank`; without ``optimizer`` the bank is for reading only.
+
+    With ``placement`` ``disk`` or ``disk-direct`` the rows are read where they are: nothing is loaded, and checksums
+    are not compared, which ``engram table verify`` does.
+    """
     saved = SavedMemory.read(directory)
     facts, vocab, config, layouts = saved.facts, saved.vocab, saved.config, saved.layouts
+    in_place = IN_PLACE.get(str(options.get("placement")))
+    if in_place is not None:
+        if options.get("optimizer") is not None:
+            raise ValueError(NEVER_WRITTEN)
+        options["placement"] = _in_place(saved, in_place)
     bank = MemoryBank(
         config, vocab, name=facts["name"], codec=facts["codec"], seed=facts["seed"], layouts=layouts, **options
     )
-    load_bank(bank, directory)
+    if in_place is None:
+        load_bank(bank, directory)
     return bank
+
+
+def _in_place(saved: SavedMemory, direct: bool) -> StoreFactory:
+    """A store of the rows that a memory's folder holds."""
+    manifests = {table.space: manifest for table, manifest in saved.parts()}
+
+    def make(layout: RecordLayout, spaces: Mapping[int, int], device: torch.device) -> Store:
+        rows = {space: FileRows.saved(saved.folder / table_folder(space), manifests[space], layout) for space in spaces}
+        return DiskStore(rows, direct)
+
+    return make
 
 
 def facts(bank: MemoryBank) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Fetch and expansion run ahead of the step. In the step itself only rows that wer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,22 +13,8 @@ from torch import Tensor
 from torch_engram.kernels import use_kernels
 from torch_engram.memory.segments import Segments, expand, merge, unique_rows
 from torch_engram.memory.source import Source
+from torch_engram.memory.tables import Table
 from torch_engram.stores import DecodedRows, make_keys
-
-
-@dataclass(frozen=True)
-class Table:
-    """One row space of a memory: a layer's columns that share a row width."""
-
-    layer: int
-    space: int
-    columns: slice
-    first_row: int
-    """Row id, in the layer's numbering, of this table's row 0."""
-    rows: int
-    dim: int
-    orders: tuple[int, ...]
-    """For each of the table's columns, the index of its order among the mixes."""
 
 
 class TouchedRows:

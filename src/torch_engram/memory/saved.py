@@ -11,8 +11,7 @@ from typing import Any
 
 from torch_engram.addressing import CanonicalVocab, LayerLayout
 from torch_engram.config import EngramConfig
-from torch_engram.memory.bank import tables_of
-from torch_engram.memory.rows import Table
+from torch_engram.memory.tables import Table, tables_of
 from torch_engram.stores import Manifest
 
 FACTS = "memory.json"

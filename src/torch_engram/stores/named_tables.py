@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch_engram.config import nearest
 from torch_engram.stores.codecs import CODECS
 from torch_engram.stores.tensor_files import DTYPE_NAMES, TensorPlace
 
@@ -63,6 +64,15 @@ def find_tables(tensors: Mapping[str, TensorPlace]) -> list[NamedTable]:
     if known:
         return sorted(known, key=lambda table: (table.layer is None, table.layer))
     return list(_plain(tensors))
+
+
+def table_named(tensors: Mapping[str, TensorPlace], name: str) -> NamedTable:
+    """The table of this name: one of :func:`find_tables`, or any other matrix. Raises ``ValueError`` with the nearest
+    name when there is none."""
+    found = {table.name: table for table in (*_plain(tensors), *find_tables(tensors))}
+    if name not in found:
+        raise ValueError(f"There is no table {name!r} in these files: {nearest(name, found)}")
+    return found[name]
 
 
 def _deepseek(tensors: Mapping[str, TensorPlace]) -> Iterator[NamedTable]:

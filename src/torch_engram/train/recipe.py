@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_engram.config import checked_fields, nearest, need
-from torch_engram.memory.bank import require_known
+from torch_engram.memory.placement import require_known
 from torch_engram.models import DecoderConfig
 from torch_engram.optim import ROW_OPTIMIZERS
 from torch_engram.stores import CODECS

@@ -1,0 +1,114 @@
+"""Rows past the page cache: whole blocks of 4 KiB, read by the disk itself into a buffer, and rows picked out of it.
+
+For tables that are far larger than memory, so that they leave its cache to others. Rows that share blocks, or lie in
+neighbouring ones, are one read.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from torch_engram.stores.open_files import OpenFile, unreadable
+from torch_engram.stores.row_reads import Bytes, Int64s, in_parts
+
+BLOCK = 4096
+_THREADS = 64
+
+Transfer = Callable[[Int64s, Int64s, Int64s, Bytes, Int64s], Int64s]
+"""Reads ``sizes`` bytes from ``starts`` on of descriptors to places in a buffer, all int64 ``[n]``; returns how many
+bytes each read gave, or the negative error number. Returns when no read is under way any more."""
+
+
+class BlockReader:
+    """``direct``: every file's descriptor from :func:`open_direct`. ``budget``: bytes of the buffer. ``transfer``: how
+    blocks get there."""
+
+    def __init__(self, direct: Mapping[OpenFile, int], budget: int, transfer: Transfer):
+        self._direct, self._buffer, self._transfer = dict(direct), _aligned(budget), transfer
+
+    def room(self, nbytes: int) -> int:
+        """See :class:`~torch_engram.stores.row_reads.RowReader`."""
+        return max(1, len(self._buffer) // _most_bytes(nbytes))
+
+    def read(self, files: Sequence[OpenFile], number: Int64s, starts: Int64s, nbytes: int, target: Bytes) -> None:
+        """See :class:`~torch_engram.stores.row_reads.RowReader`."""
+        if _most_bytes(nbytes) > len(self._buffer):  # a single row that is larger than the buffer
+            self._buffer = _aligned(_most_bytes(nbytes))
+        first, last = starts // BLOCK, (starts + nbytes - 1) // BLOCK
+        begins = np.ones(len(starts), bool)
+        begins[1:] = (number[1:] != number[:-1]) | (first[1:] > last[:-1] + 1) | (first[1:] < first[:-1])
+        head = np.flatnonzero(begins)
+        tail = np.append(head[1:], len(starts)) - 1
+        sizes = (last[tail] - first[head] + 1) * BLOCK
+        places = np.cumsum(sizes) - sizes
+        self._fill([files[i] for i in number[head].tolist()], first[head] * BLOCK, sizes, places)
+        run = np.cumsum(begins) - 1
+        _pick(self._buffer, places[run] + starts - first[head][run] * BLOCK, nbytes, target)
+
+    def _fill(self, files: Sequence[OpenFile], starts: Int64s, sizes: Int64s, places: Int64s) -> None:
+        """Read blocks to their places in the buffer; the last block of a file may be short."""
+        descriptors = np.array([self._direct[file] for file in files], np.int64)
+        there = np.array([file.size for file in files], np.int64) - starts
+        done = self._transfer(descriptors, starts, sizes, self._buffer, places)
+        wanted = np.minimum(sizes, there)
+        for i in np.flatnonzero(done < wanted).tolist():
+            if done[i] < 0:
+                files[i].require_unchanged()
+                raise unreadable(files[i].path, int(starts[i]), -int(done[i]))
+            at, stop = int(places[i] + done[i]), int(places[i] + wanted[i])
+            files[i].read_into(int(starts[i] + done[i]), self._buffer[at:stop])
+
+
+def open_direct(file: OpenFile) -> int:
+    """Another descriptor, for direct reads, of the very file that is open, whatever its name is by now; closed with it.
+
+    Raises ``OSError`` or ``AttributeError`` where a file system or a system has none.
+    """
+    descriptor = os.open(f"/proc/self/fd/{file.descriptor}", os.O_RDONLY | os.O_DIRECT)
+    weakref.finalize(file, os.close, descriptor)
+    os.preadv(descriptor, [mmap.mmap(-1, BLOCK)], 0)  # some file systems open it, and read nothing
+    return descriptor
+
+
+class ThreadTransfer:
+    """Reads from many threads: a :data:`Transfer` wherever direct reads are."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="engram-disk")
+
+    def __call__(self, descriptors: Int64s, starts: Int64s, sizes: Int64s, buffer: Bytes, places: Int64s) -> Int64s:
+        """See :data:`Transfer`."""
+        done = np.zeros(len(starts), np.int64)
+
+        def some(part: slice) -> None:
+            for i in range(part.start, part.stop):
+                try:
+                    view = buffer[places[i] : places[i] + sizes[i]].data
+                    done[i] = os.preadv(int(descriptors[i]), [view], int(starts[i]))
+                except OSError as error:
+                    done[i] = -(error.errno or 5)
+
+        in_parts(self._pool, len(starts), -(-len(starts) // _THREADS), some)
+        return done
+
+
+def _most_bytes(nbytes: int) -> int:
+    """Of the blocks that a row of ``nbytes`` bytes may lie in."""
+    return (-(-(nbytes - 1) // BLOCK) + 1) * BLOCK
+
+
+def _aligned(nbytes: int) -> Bytes:
+    return np.frombuffer(mmap.mmap(-1, -(-nbytes // BLOCK) * BLOCK), np.uint8)  # begins on a page
+
+
+def _pick(buffer: Bytes, at: Int64s, nbytes: int, target: Bytes) -> None:
+    """Rows that begin at any byte of a buffer, side by side."""
+    kind = np.dtype((np.void, nbytes))
+    anywhere = np.ndarray((len(buffer) - nbytes + 1,), kind, buffer, strides=(1,))
+    target.view(kind)[:] = anywhere[at]

@@ -1,0 +1,193 @@
+"""The rows of one table where they lie in files: the file and byte of every component of a row, and records of them.
+
+A table may be spread over any number of tensors and files, its components (codes, scales, counts) apart. A record, as
+stores move it, holds them side by side. Nothing is loaded: headers say where rows are, and rows are read in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torch_engram.stores.manifest import Manifest, planes_of, tensor_name
+from torch_engram.stores.named_tables import NamedTable
+from torch_engram.stores.open_files import OpenFile
+from torch_engram.stores.parts import ROW_TENSOR
+from torch_engram.stores.records import Field, Plane, RecordLayout
+from torch_engram.stores.tensor_files import TensorPlace
+
+Int64s = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One component of every row: consecutive rows in every tensor, tensors in the order of their rows."""
+
+    field: Field
+    firsts: Int64s
+    """First row of each of the S tensors, and the number of all rows: ``[S + 1]``."""
+    files: Int64s
+    """``[S]``: each one's file, a number in :attr:`FileRows.files`."""
+    starts: Int64s
+    """``[S]``: each one's first byte."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a row."""
+        return self.field.component.nbytes
+
+    def locate(self, rows: Int64s) -> tuple[Int64s, Int64s]:
+        """File and first byte of rows ``[n]``: two int64 ``[n]``."""
+        tensor = np.searchsorted(self.firsts, rows, side="right") - 1
+        return self.files[tensor], self.starts[tensor] + (rows - self.firsts[tensor]) * self.nbytes
+
+    def pieces(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """Rows ``first`` to ``last`` by tensor: file, first byte, rows."""
+        while first < last:
+            tensor = int(np.searchsorted(self.firsts, first, side="right")) - 1
+            stop = min(last, int(self.firsts[tensor + 1]))
+            at = int(self.starts[tensor]) + (first - int(self.firsts[tensor])) * self.nbytes
+            yield int(self.files[tensor]), at, stop - first
+            first = stop
+
+
+class FileRows:
+    """A table's rows in files that are held open, read-only.
+
+    ``places``: for every field of ``layout`` the tensors that hold it, consecutive rows, the first ones first.
+    ``changed``: int64 ascending, rows that were saved again later; their newest records are ``newest``, rows past
+    ``rows`` in the numbering of ``places``. Make one by :meth:`of` or :meth:`saved`; its files are closed when it goes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: int,
+        layout: RecordLayout,
+        places: Mapping[Field, Sequence[TensorPlace]],
+        files: Sequence[OpenFile],
+        changed: Int64s | None = None,
+        newest: Int64s | None = None,
+    ):
+        self.name, self.rows, self.layout, self.files = name, rows, layout, list(files)
+        number = {file.path: index for index, file in enumerate(self.files)}
+        self.columns = [_column(field, found, number) for field, found in places.items()]
+        """One for every field of the layout."""
+        self._changed = np.empty(0, np.int64) if changed is None else changed
+        self._newest = np.empty(0, np.int64) if newest is None else newest
+
+    @classmethod
+    def of(cls, table: NamedTable) -> FileRows:
+        """The rows of a named table: records of one plane, ``value``.
+
+        Raises ``ValueError`` naming the file that is truncated, or whose header is another one by now; ``OSError`` when
+        one cannot be opened.
+        """
+        layout = RecordLayout((Plane("value", table.width, table.codec),))
+        files = [OpenFile(path) for path in table.files]
+        found = {place for file in files for place in file.tensors.values()}
+        for place in (*table.values, *table.scales):
+            if place not in found:
+                raise ValueError(f"{place.file} has another header than before: look for its tables again.")
+        components = (table.values, table.scales) if table.scales else (table.values,)
+        return cls(table.name, table.rows, layout, dict(zip(layout.fields, components, strict=True)), files)
+
+    @classmethod
+    def saved(cls, folder: Path, manifest: Manifest, layout: RecordLayout) -> FileRows:
+        """The rows of a saved table, whose planes those of ``layout`` must be among; checksums are not read.
+
+        Raises ``ValueError`` naming the part that is missing or truncated, or the plane that does not fit; ``OSError``
+        when one cannot be opened.
+        """
+        for name, kind in planes_of(layout).items():
+            if manifest.planes.get(name) != kind:
+                raise ValueError(f"{folder} has no {name} of {kind[0]} [{kind[1]}]: open it with its own codec.")
+        files = [OpenFile(folder / part.file) for part in manifest.parts]
+        for file, part in zip(files, manifest.parts, strict=True):
+            for name, (dtype, width) in planes_of(layout).items():
+                place = file.tensors.get(name)
+                if place is None or (place.dtype, place.shape) != (dtype, (part.rows, width)):
+                    raise ValueError(f"{file.path} is not the part that is listed: use an intact copy.")
+        places = {field: [file.tensors[tensor_name(field)] for file in files] for field in layout.fields}
+        listed = [_listed(file) for file, part in zip(files, manifest.parts, strict=True) if part.first is None]
+        changed, newest = _last_of_each(listed, manifest.rows)
+        return cls(folder.name, manifest.rows, layout, places, files, changed, newest)
+
+    def current(self, rows: Int64s) -> Int64s:
+        """Where the newest records of rows are, in the numbering of :attr:`columns`: most are at their own number."""
+        if not len(self._changed):
+            return rows
+        at = np.searchsorted(self._changed, rows).clip(max=len(self._changed) - 1)
+        return np.where(self._changed[at] == rows, self._newest[at], rows)
+
+    def require_rows(self, rows: Int64s) -> None:
+        """Raises ``ValueError`` naming the first row that the table does not have."""
+        outside = rows[(rows < 0) | (rows >= self.rows)]
+        if len(outside):
+            raise ValueError(
+                f"Row {outside[0]:,} is not in {self.name}, which has {self.rows:,} rows: ask for 0 to "
+                f"{self.rows - 1:,}, or check that the configuration is the table's."
+            )
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Records uint8 ``[last - first, nbytes]`` of consecutive rows.
+
+        Raises ``ValueError`` for rows that are not there, ``OSError`` naming the file for a read error or a file that
+        was changed.
+        """
+        if last > first:
+            self.require_rows(np.array([first, last - 1]))
+        records = self.layout.empty(last - first)
+        for column in self.columns:
+            self._read_column(column, first, last, records)
+        begin, end = np.searchsorted(self._changed, (first, last))
+        for row, newest in zip(self._changed[begin:end].tolist(), self._newest[begin:end].tolist(), strict=True):
+            for column in self.columns:
+                self._read_column(column, newest, newest + 1, records[row - first : row - first + 1])
+        for file in self.files:
+            file.require_unchanged()
+        return records
+
+    def _read_column(self, column: Column, first: int, last: int, records: Tensor) -> None:
+        field, done = column.field, 0
+        target = records[:, field.start : field.stop]
+        for file, at, rows in column.pieces(first, last):
+            whole = records.stride(0) == column.nbytes  # a record is this component, so that it is read where it goes
+            raw = target[done : done + rows] if whole else torch.empty(rows, column.nbytes, dtype=torch.uint8)
+            self.files[file].read_into(at, raw.numpy().reshape(-1))
+            if not whole:
+                target[done : done + rows] = raw
+            done += rows
+
+
+def _column(field: Field, places: Sequence[TensorPlace], number: Mapping[Path, int]) -> Column:
+    firsts = list(accumulate((place.shape[0] for place in places), initial=0))
+    return Column(
+        field,
+        np.array(firsts, np.int64),
+        np.array([number[place.file] for place in places], np.int64),
+        np.array([place.start for place in places], np.int64),
+    )
+
+
+def _listed(file: OpenFile) -> Int64s:
+    """The rows that a part of changes lists."""
+    place = file.tensors[ROW_TENSOR]
+    raw = np.empty(place.nbytes, np.uint8)
+    file.read_into(place.start, raw)
+    file.require_unchanged()
+    return raw.view(np.int64)
+
+
+def _last_of_each(listed: Sequence[Int64s], rows: int) -> tuple[Int64s, Int64s]:
+    """Rows that parts of changes list, each once and ascending, and where the last part that lists it has it."""
+    every = np.concatenate([np.empty(0, np.int64), *listed])
+    changed, last = np.unique(every[::-1], return_index=True)
+    return changed, rows + len(every) - 1 - last

@@ -1,0 +1,57 @@
+"""Rows of tables in files, loaded into memory: a read-only store on the device, or on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from torch_engram.stores.codecs import CODECS
+from torch_engram.stores.file_rows import FileRows
+from torch_engram.stores.records import RecordLayout
+from torch_engram.stores.table import RecordTable
+
+_CHUNK_ROWS = 1 << 16
+
+
+class LoadedStore:
+    """A read-only store of tables in files, by space, loaded in one pass over bounded pieces of them.
+
+    ``layout``: of the records; rows in another codec are encoded again, rounded to nearest. ``where``: the device that
+    holds them, ``reader`` the one that asks; rows on the host are pinned for a GPU. Raises ``OSError`` naming the file
+    that cannot be read.
+    """
+
+    grouped = False
+
+    def __init__(self, tables: Mapping[int, FileRows], layout: RecordLayout, where: torch.device, reader: torch.device):
+        self.layout, self.spaces = layout, {space: table.rows for space, table in tables.items()}
+        pinned = where.type == "cpu" and reader.type == "cuda"
+        self.table = RecordTable(layout, self.spaces, where, pinned)
+        for space, table in tables.items():
+            records = self.table.records[self.table.span(space)]
+            for first in range(0, table.rows, _CHUNK_ROWS):
+                last = min(first + _CHUNK_ROWS, table.rows)
+                records[first:last] = reencode(table.read(first, last), table.layout, layout)
+
+    def fetch(self, keys: Tensor, group: Tensor | None = None) -> Tensor:
+        """See :class:`~torch_engram.stores.protocol.Store`."""
+        if keys.device.type == self.table.device.type:
+            return self.table.gather(keys)
+        return self.table.gather(keys.cpu()).pin_memory().to(keys.device, non_blocking=True)
+
+
+def reencode(records: Tensor, source: RecordLayout, target: RecordLayout) -> Tensor:
+    """Records uint8 ``[n, nbytes]`` in the codecs of ``target``, rounded to nearest; both layouts have the same planes
+    otherwise."""
+    if source == target:
+        return records
+    result = target.empty(len(records), records.device)
+    for plane in target.planes:
+        parts = tuple(source.view(records, field) for field in source.fields if field.plane == plane.name)
+        numbers = CODECS[source.plane(plane.name).codec].decode(parts)
+        fields = [field for field in target.fields if field.plane == plane.name]
+        for field, part in zip(fields, CODECS[plane.codec].encode(numbers), strict=True):
+            target.view(result, field).copy_(part)
+    return result
