@@ -8,6 +8,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +71,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_room(folder: Path, size: int, what: str) -> None:
+    """Raises ``ValueError`` when the disk of ``folder``, which is there or is to be made, has fewer bytes left."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if size > free:
+        raise ValueError(f"{folder} has {free / 1e9:,.1f} GB left, and {what} takes more: choose another folder.")
 
 
 def file_digest(path: Path, tell: Callable[[int], None] | None = None) -> str:

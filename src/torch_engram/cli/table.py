@@ -132,14 +132,11 @@ def synth(
     """
     from rich.console import Console
 
-    from torch_engram.config import nearest
-    from torch_engram.memory.bank import require_known
-    from torch_engram.stores.synthetic import LAYOUTS, require_fitting, synthesise
+    from torch_engram.stores.layouts import known_layout
+    from torch_engram.stores.synthetic import require_fitting, synthesise
 
-    if layout not in LAYOUTS:
-        raise ValueError(f"There is no layout {layout!r}: {nearest(layout, LAYOUTS)}")
-    width, codec = width or LAYOUTS[layout].width, codec or LAYOUTS[layout].codec
-    require_known(codec, "device")
+    made = known_layout(layout)
+    width, codec = width or made.width, codec or made.codecs[0]
     require_fitting(out, layout, rows, codec, shards)
     console = Console(highlight=False)
     with _progress(console, rows, "rows") as tell:
