@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -44,7 +45,8 @@ def is_left_over(path: Path, name: str) -> bool:
 def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
     """Hold ``folder`` against other processes of this machine; a killed one holds nothing.
 
-    Raises ``BlockingIOError`` when another holds it and this one is not to wait.
+    Raises ``BlockingIOError`` when another holds it and this one is not to wait, and ``FileNotFoundError`` when whoever
+    held it has removed it.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -53,6 +55,8 @@ def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
         except OSError as error:
             error.filename = str(folder)
             raise
+        if not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
         yield
     finally:
         os.close(descriptor)

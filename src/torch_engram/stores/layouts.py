@@ -37,6 +37,11 @@ LAYOUTS: Mapping[str, Layout] = {
 }
 
 
+def plain_name(layer: int, number: int | None = None) -> str:
+    """What the tensor of a layer's table is called in the layout ``plain``; ``number`` where it has several."""
+    return f"layers.{layer}.{'' if number is None else f'{number}.'}{LAYOUTS['plain'].names}"
+
+
 def known_layout(name: str) -> Layout:
     """The layout of this name. Raises ``ValueError`` when there is none, with the nearest one."""
     if name not in LAYOUTS:

@@ -24,7 +24,7 @@ from torch_engram.stores.tensor_files import TensorWriter, file_size
 
 ROWS_PER_PART = 1 << 22  # a multiple of 4096, so that every component of a full part is aligned
 _CHUNK_ROWS = 1 << 16
-_ROW_TENSOR = "row"
+ROW_TENSOR = "row"
 _PART = re.compile(r"(rows-\d{12,}-\d{12,}|changes)-[0-9a-f]{16}\.safetensors|unnamed(\.[0-9a-f]{8}\.tmp)?")
 
 Read = Callable[[Tensor], Tensor]
@@ -105,7 +105,7 @@ def _write_part(folder: Path, first: int | None, rows: Tensor, layout: RecordLay
     with replacing(unnamed) as file:
         writer = TensorWriter(file, _tensors(len(rows), layout, lists_rows=first is None))
         if first is None:
-            writer.put(_ROW_TENSOR, 0, rows)
+            writer.put(ROW_TENSOR, 0, rows)
         for start in range(0, len(rows), _CHUNK_ROWS):
             records = read(rows[start : start + _CHUNK_ROWS]).cpu()
             for field in layout.fields:
@@ -119,7 +119,7 @@ def _write_part(folder: Path, first: int | None, rows: Tensor, layout: RecordLay
 
 def _tensors(rows: int, layout: RecordLayout, lists_rows: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """What a part holds."""
-    listed: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {_ROW_TENSOR: (torch.int64, (rows,))} if lists_rows else {}
+    listed: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {ROW_TENSOR: (torch.int64, (rows,))} if lists_rows else {}
     components = {tensor_name(field): field.component for field in layout.fields}
     return listed | {name: (component.dtype, (rows, component.width)) for name, component in components.items()}
 
@@ -145,7 +145,7 @@ def _check_sum(path: Path, expected: str) -> None:
 def _read_part(path: Path, part: Part, layout: RecordLayout, write: Write) -> None:
     with safe_open(path, framework="pt") as file:
         slices = {field: file.get_slice(tensor_name(field)) for field in layout.fields}
-        listed = file.get_tensor(_ROW_TENSOR) if part.first is None else None
+        listed = file.get_tensor(ROW_TENSOR) if part.first is None else None
         for start in range(0, part.rows, _CHUNK_ROWS):
             stop = min(start + _CHUNK_ROWS, part.rows)
             records = layout.empty(stop - start)
