@@ -35,7 +35,7 @@ class SteadyFile:
 
         Raises :class:`ChangedFile` when it is another file now, or ends before, and ``OSError`` when it cannot be read.
         """
-        view = into.numpy().data.cast("B")
+        view = into.view(-1).numpy().data
         descriptor = self._open()
         try:
             while view:  # preadv may read less than there is
