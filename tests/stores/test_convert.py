@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from torch_engram.stores.layouts import components_of
 from torch_engram.stores.row_sources import named_rows
 from torch_engram.stores.shard_writer import ShardWriter
 from torch_engram.stores.shards import Target
+from torch_engram.stores.steady_files import ChangedFile
 from torch_engram.stores.synthetic import synthesise
 from torch_engram.stores.tensor_files import encode_header, file_size
 
@@ -273,6 +276,27 @@ def test_what_was_stopped_goes_on_and_what_was_damaged_is_done_again(
             assert kept == 0
 
 
+@pytest.mark.parametrize("number", range(2, 24, 3))
+@pytest.mark.usefixtures("small_steps")
+def test_one_write_that_fails_costs_no_row(tmp_path: Path, layers: Path, number: int) -> None:
+    """Others wait behind it, and there is room again: they must not take its place."""
+    run(layers, tmp_path / "at once", "plain", "int8")
+    calls, write = count(), os.pwrite
+
+    def fail_once(*arguments: int) -> int:
+        if next(calls) == number:
+            time.sleep(0.02)  # for the others to come
+            raise OSError(28, "No space left on device")
+        return write(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="No space left") as raised:
+        patch.setattr(os, "pwrite", fail_once)
+        run(layers, tmp_path / "out", "plain", "int8")
+    assert str(raised.value.filename).endswith("out.converting/table/model.safetensors")
+    run(layers, tmp_path / "out", "plain", "int8")
+    assert files(tmp_path / "out") == files(tmp_path / "at once")
+
+
 @pytest.mark.usefixtures("small_steps")
 def test_a_run_that_ended_between_the_name_and_its_left_over_is_ended(
     tmp_path: Path, layers: Path, monkeypatch: pytest.MonkeyPatch
@@ -313,6 +337,23 @@ def test_what_is_nobodys_left_over_stays(tmp_path: Path, layers: Path) -> None:
     with pytest.raises(ValueError, match=r"out.converting is no left-over of a conversion \(thesis.txt\)"):
         run(layers, tmp_path / "out")
     assert files(tmp_path / "out.converting") == {"thesis.txt": b"mine"}
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_a_source_that_was_read_and_then_replaced_is_found_at_the_end(tmp_path: Path) -> None:
+    source, told = tmp_path / "source", []
+    synthesise(source, "qwen4exp", 400, 8, "bf16", shards=2)
+
+    def tell(size: int) -> None:
+        told.append(size)
+        if sum(told) > 0.9 * conversion.nbytes:
+            (tmp_path / "other").write_bytes((source / "table-00000.safetensors").read_bytes())
+            (tmp_path / "other").rename(source / "table-00000.safetensors")
+
+    conversion = Conversion(source, named_rows(source), tmp_path / "out", Target(shards=4))
+    with pytest.raises(ChangedFile, match=r"table-00000\.safetensors was changed or replaced"):
+        conversion.run(tell)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class Conversion:
     """
 
     def __init__(self, source: Path, tables: Sequence[RowSource], folder: Path, target: Target):
-        self.folder = folder
+        self.folder = folder = folder.absolute()
         self.shards = deal(tables, target)
         self.nbytes = sum(file_size(shard.tensors) for shard in self.shards)
         """Of all files of rows."""
@@ -187,12 +187,18 @@ def _open(shard: Shard, left: LeftOver, journal: Journal, tell: Tell) -> tuple[S
 
 def _behind(put: Callable[[tuple[Tensor, ...]], None], chunks: Iterator[tuple[Tensor, ...]]) -> None:
     """``put`` every chunk, on a thread of its own while the next ones are made."""
+
+    def put_after(before: Future[None] | None, parts: tuple[Tensor, ...]) -> None:
+        if before is not None:
+            before.result()  # after one that failed, none is put
+        put(parts)
+
     with ThreadPoolExecutor(1) as pool:
         waiting: deque[Future[None]] = deque()
         for parts in chunks:
             if len(waiting) == _WAITING:
                 waiting.popleft().result()
-            waiting.append(pool.submit(put, parts))
+            waiting.append(pool.submit(put_after, waiting[-1] if waiting else None, parts))
         for future in waiting:
             future.result()
 

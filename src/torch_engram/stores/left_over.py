@@ -85,8 +85,9 @@ class LeftOver:
             raise ValueError(f"{self.path} is no left-over of a conversion ({others[0].name}): move it away.")
         try:
             content: dict[str, Any] = json.loads(path.read_bytes())
-            content["begun"] = {name: Begun(*begun) for name, begun in content["begun"].items()}
-            return Journal(**content)
+            begun = {name: Begun(int(rows), list(digests)) for name, (rows, digests) in content["begun"].items()}
+            mappings = {name: dict(content[name]) for name in ("arguments", "sources", "whole")}
+            return Journal(**mappings, begun=begun, renamed=bool(content["renamed"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
