@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from torch_engram.cli import main
+from torch_engram.memory import save_bank
 from torch_engram.stores import convert, steady_files
 from torch_engram.stores.synthetic import synthesise
 
@@ -116,6 +117,20 @@ def test_it_writes_what_info_shows_and_verify_passes(engram, tmp_path, source):
         done = engram("table", "verify", folder)
         assert done.code == 0 and done.out.count("whole ") == count
         subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=folder, check=True)
+
+
+def test_a_saved_memory_becomes_shards(engram, make_bank, tmp_path):
+    save_bank(make_bank(), tmp_path / "memory")
+    done = engram(
+        "table", "convert", tmp_path / "memory", tmp_path / "out", "--layout", "deepseek-v4.1", "--shards", "2"
+    )
+    assert done.code == 0 and "in 2 files" in done.out, done
+    for layer in (1, 3):
+        assert (
+            f"layers.{layer}.engram.embed.weight DeepSeek-V4.1 {layer} "
+            in engram("table", "info", tmp_path / "out").out
+        )
+    assert engram("table", "verify", tmp_path / "out").out.count("whole ") == 2
 
 
 @pytest.mark.parametrize("size", ["4", "4096", "0.5GiB", "3 TB"])

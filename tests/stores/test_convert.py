@@ -276,10 +276,13 @@ def test_what_was_stopped_goes_on_and_what_was_damaged_is_done_again(
             assert kept == 0
 
 
-@pytest.mark.parametrize("number", range(2, 24, 3))
+@pytest.mark.parametrize("number", [3, 4, 11, 12])
 @pytest.mark.usefixtures("small_steps")
-def test_one_write_that_fails_costs_no_row(tmp_path: Path, layers: Path, number: int) -> None:
+def test_one_write_that_fails_costs_no_row(
+    tmp_path: Path, layers: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     """Others wait behind it, and there is room again: they must not take its place."""
+    monkeypatch.setattr(convert, "STRIDE", 1)
     run(layers, tmp_path / "at once", "plain", "int8")
     calls, write = count(), os.pwrite
 
