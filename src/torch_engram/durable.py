@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +45,8 @@ def is_left_over(path: Path, name: str) -> bool:
 def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
     """Hold ``folder`` against other processes of this machine; a killed one holds nothing.
 
-    Raises ``BlockingIOError`` when another holds it and this one is not to wait.
+    Raises ``BlockingIOError`` when another holds it and this one is not to wait, and ``FileNotFoundError`` when whoever
+    held it has removed it.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -52,6 +55,8 @@ def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
         except OSError as error:
             error.filename = str(folder)
             raise
+        if not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
         yield
     finally:
         os.close(descriptor)
@@ -70,6 +75,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_room(folder: Path, size: int, what: str) -> None:
+    """Raises ``ValueError`` when the disk of ``folder``, which is there or is to be made, has fewer bytes left."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if size > free:
+        raise ValueError(f"{folder} has {free / 1e9:,.1f} GB left, and {what} takes more: choose another folder.")
 
 
 def file_digest(path: Path, tell: Callable[[int], None] | None = None) -> str:

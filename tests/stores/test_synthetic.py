@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from torch_engram.stores import CODECS, synthetic
+from torch_engram.stores.layouts import LAYOUTS
 from torch_engram.stores.named_tables import find_tables
-from torch_engram.stores.synthetic import LAYOUTS, synthesise
+from torch_engram.stores.synthetic import synthesise
 from torch_engram.stores.tensor_files import tensors_in
 
 CODEC_NAMES = ["fp32", "bf16", "fp16", "fp8", "int8"]
@@ -66,9 +67,9 @@ def test_numbers_are_finite_of_moderate_size_and_no_two_rows_alike(tmp_path: Pat
 
 def test_the_known_layouts_are_known_again(tmp_path: Path) -> None:
     for layout, made in LAYOUTS.items():
-        synthesise(tmp_path / layout, layout, 10, made.width, made.codec, layer=14)
+        synthesise(tmp_path / layout, layout, 10, made.width, made.codecs[0], layer=14)
         (table,) = find_tables(tensors_in(tmp_path / layout))
-        assert (table.rows, table.width, table.codec) == (10, made.width, made.codec)
+        assert (table.rows, table.width, table.codec) == (10, made.width, made.codecs[0])
         assert table.layout.lower() == layout and table.layer == (None if layout == "plain" else 14)
 
 

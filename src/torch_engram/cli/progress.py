@@ -1,4 +1,4 @@
-"""The progress bar of a training run: steps, loss, tokens a second, time left."""
+"""Progress bars: of a training run (steps, loss, tokens a second, time left), and of a file (bytes or rows)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from torch_engram.train.loop import Progress as Step
 
 
@@ -31,3 +33,13 @@ def progress_bar(label: str, steps: int, done: int = 0) -> Iterator[Callable[[St
             bar.update(task, completed=step.step, loss=f"{step.loss:6.3f}", speed=speed)
 
         yield watch
+
+
+@contextmanager
+def amount_bar(console: Console, total: int, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
+    """A bar for bytes or for rows, on a terminal; the value is called with how many more there are."""
+    done = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = BarColumn(), done, TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda more: bar.update(task, advance=more)

@@ -1,20 +1,20 @@
-"""``engram table``: what a table's files hold, whether they are whole, and files to try things on."""
+"""``engram table``: what a table's files hold, whether they are whole, and other files of it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from torch_engram.cli.convert import convert
 
 table = typer.Typer(
-    name="table", help="Look into the files of a table, check them, or make some.", no_args_is_help=True
+    name="table",
+    help="Look into the files of a table, check them, convert them, or make some.",
+    no_args_is_help=True,
 )
 
 _ANY_WIDTH = 1000
@@ -36,10 +36,12 @@ def info(path: Where) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from torch_engram.memory.saved import is_memory
+
     shown = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("table", "layout", "layer", "rows", "width", "codec", "size", "files"):
         shown.add_column(name, justify="left" if name in ("table", "layout", "codec") else "right", overflow="fold")
-    lines = list(_memory_lines(path) if _is_memory(path) else _tensor_lines(path))
+    lines = list(_memory_lines(path) if is_memory(path) else _tensor_lines(path))
     if not lines:
         raise ValueError(f"{path} has no matrix that could be a table: give the files of the tables.")
     for line in lines:
@@ -85,17 +87,19 @@ def verify(
     """
     from rich.console import Console
 
+    from torch_engram.cli.progress import amount_bar
+    from torch_engram.memory.saved import is_memory
     from torch_engram.stores.checksums import SUMS, digests, write_sums
 
     console = Console(highlight=False)
-    own = _is_memory(path)
+    own = is_memory(path)
     if save and own:
         raise ValueError(f"{path} is a memory and names its own checksums: leave out --save.")
     wanted = _memory_checksums(path) if own else _shard_checksums(path)
     if save and not os.access(next(iter(wanted)).parent, os.W_OK):
         raise ValueError(f"{next(iter(wanted)).parent} takes no {SUMS}: leave out --save, or make it writable.")
     present = [file for file in wanted if file.is_file()]
-    with _progress(console, sum(file.stat().st_size for file in present)) as tell:
+    with amount_bar(console, sum(file.stat().st_size for file in present)) as tell:
         found = digests(present, tell)
     damaged = []
     for file, checksum in wanted.items():
@@ -132,23 +136,17 @@ def synth(
     """
     from rich.console import Console
 
-    from torch_engram.config import nearest
-    from torch_engram.memory.placement import require_codec
-    from torch_engram.stores.synthetic import LAYOUTS, require_fitting, synthesise
+    from torch_engram.cli.progress import amount_bar
+    from torch_engram.stores.layouts import known_layout
+    from torch_engram.stores.synthetic import require_fitting, synthesise
 
-    if layout not in LAYOUTS:
-        raise ValueError(f"There is no layout {layout!r}: {nearest(layout, LAYOUTS)}")
-    width, codec = width or LAYOUTS[layout].width, codec or LAYOUTS[layout].codec
-    require_codec(codec)
+    made = known_layout(layout)
+    width, codec = width or made.width, codec or made.codecs[0]
     require_fitting(out, layout, rows, codec, shards)
     console = Console(highlight=False)
-    with _progress(console, rows, "rows") as tell:
+    with amount_bar(console, rows, "rows") as tell:
         synthesise(out, layout, rows, width, codec, layer=layer, shards=shards, seed=seed, tell=tell)
     console.print(f"Wrote {out}: {rows:,} rows of {width} numbers in {codec}.", soft_wrap=True)
-
-
-def _is_memory(path: Path) -> bool:
-    return (path / "memory.json").exists()
 
 
 def _memory_checksums(folder: Path) -> dict[Path, str | None]:
@@ -177,13 +175,4 @@ def _shard_checksums(path: Path) -> dict[Path, str | None]:
     return {file: sums.get(file.name) for file in sorted(files)}
 
 
-@contextmanager
-def _progress(console: Console, total: int, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
-    """A bar, on a terminal."""
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    done = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    columns = BarColumn(), done, TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda more: bar.update(task, advance=more)
+table.command()(convert)

@@ -109,6 +109,11 @@ class SavedMemory:
         }  # fmt: skip
 
 
+def is_memory(path: Path) -> bool:
+    """Whether it is a folder into which a memory was saved."""
+    return (path / FACTS).exists()
+
+
 def table_folder(space: int) -> str:
     """Where the parts of a table are, in the memory's folder."""
     return f"table-{space:02d}"

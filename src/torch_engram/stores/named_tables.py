@@ -19,6 +19,7 @@ from torch_engram.stores.tensor_files import DTYPE_NAMES, TensorPlace
 
 _DEEPSEEK = re.compile(r"(?:.*\.)?layers\.(\d+)\.engram\.embed\.weight")
 _QWEN = re.compile(r"(?:.*\.)?layers\.(\d+)\.ple\.ple_embedding\.ngram_embedding\.shard_(\d+)\.weight")
+_LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\..+")
 _SCALE = "scale"
 
 
@@ -126,9 +127,14 @@ def _plain(tensors: Mapping[str, TensorPlace]) -> Iterator[NamedTable]:
     for name, place in tensors.items():
         if name in beside:
             scale, codec = beside[name]
-            yield NamedTable(name, "plain", None, codec, place.shape[1], (place,), (tensors[scale],))
+            yield NamedTable(name, "plain", _layer(name), codec, place.shape[1], (place,), (tensors[scale],))
         elif name not in scales and (alone := _codec(place)) is not None:
-            yield NamedTable(name, "plain", None, alone, place.shape[1], (place,))
+            yield NamedTable(name, "plain", _layer(name), alone, place.shape[1], (place,))
+
+
+def _layer(name: str) -> int | None:
+    match = _LAYER.fullmatch(name)
+    return None if match is None else int(match[1])
 
 
 def _codec(value: TensorPlace, scale: TensorPlace | None = None) -> str | None:

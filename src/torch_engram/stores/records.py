@@ -122,8 +122,11 @@ class RowFormat:
                 self.layout.view(records, field).copy_(part)
         return records
 
+    def initial(self, keys: Tensor) -> tuple[Tensor, ...]:
+        """The components of the values of rows that were never written."""
+        plane = self.layout.plane("value")
+        return CODECS[plane.codec].encode(initial_rows(self.seed, keys, plane.width, self.init_std))
+
     def _initial(self, keys: Tensor) -> Tensor:
         """Initial values, already rounded as the codec stores them, so that writing a row back changes nothing."""
-        plane = self.layout.plane("value")
-        codec = CODECS[plane.codec]
-        return codec.decode(codec.encode(initial_rows(self.seed, keys, plane.width, self.init_std)))
+        return CODECS[self.layout.plane("value").codec].decode(self.initial(keys))

@@ -7,19 +7,19 @@ numbers are finite and of moderate size.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from secrets import token_hex
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torch_engram.durable import sync
-from torch_engram.stores.codecs import CODECS, Component
+from torch_engram.durable import require_room, sync
+from torch_engram.stores.codecs import Component
+from torch_engram.stores.layouts import LAYOUTS, components_of, require_codec
 from torch_engram.stores.tensor_files import TensorWriter, file_size
 
 _CHUNK_ROWS = 1 << 16
@@ -32,25 +32,6 @@ _PATTERNS: dict[torch.dtype, tuple[type[np.unsignedinteger], int, int]] = {
     torch.int8: (np.uint8, 0xFF, 0x00),
 }
 """An unsigned type as wide as a number, which of its bits are drawn, and which others are set."""
-
-
-class Layout(NamedTuple):
-    """How the tensors of a table are called and made."""
-
-    names: str
-    """With ``{shard}`` where a table has many tensors."""
-    codec: str
-    width: int
-    any_codec: bool = False
-
-
-LAYOUTS: Mapping[str, Layout] = {
-    "plain": Layout("table.weight", "bf16", 64, any_codec=True),
-    "deepseek-v4.1": Layout("layers.{layer}.engram.embed.weight", "fp8", 256),
-    "qwen4exp": Layout(
-        "model.language_model.layers.{layer}.ple.ple_embedding.ngram_embedding.shard_{shard}.weight", "bf16", 160
-    ),
-}
 
 
 def synthesise(
@@ -75,20 +56,18 @@ def synthesise(
     with _appearing(folder) as beside:
         for shard, (first, last) in enumerate(pairwise(bounds)):
             name = LAYOUTS[layout].names.format(layer=layer, shard=shard)
-            components = {_named(name, part): part for part in CODECS[codec].components(width)}
+            components = components_of(name, codec, width)
             _write_shard(beside / f"table-{shard:05d}.safetensors", components, range(first, last), seed, tell)
 
 
 def require_fitting(folder: Path, layout: str, rows: int, codec: str, shards: int) -> None:
     """Raises ``ValueError`` for what :func:`synthesise` cannot make."""
-    made = LAYOUTS[layout]
+    require_codec(layout, codec)
     if folder.exists():
         raise ValueError(f"{folder} is there already: give another folder.")
-    if codec != made.codec and not made.any_codec:
-        raise ValueError(f"{layout} keeps rows in {made.codec}, not {codec}: leave out --codec, or use --layout plain.")
     if not 1 <= shards <= rows:
         raise ValueError(f"{rows:,} rows do not come in {shards:,} shards: give 1 to as many as there are rows.")
-    if shards > 1 and "{shard}" not in made.names:
+    if shards > 1 and not LAYOUTS[layout].many:
         raise ValueError(
             f"{layout} has one tensor a table, not {shards}: leave out --shards, or use --layout qwen4exp."
         )
@@ -106,19 +85,11 @@ def random_component(part: Component, rows: range, seed: int) -> Tensor:
     return torch.from_numpy((bits & kind(drawn)) | kind(fixed)).view(part.dtype)
 
 
-def _named(name: str, part: Component) -> str:
-    return name if part.name == "value" else f"{name.removesuffix('weight')}{part.name}"
-
-
 def _write_shard(
     file: Path, components: dict[str, Component], rows: range, seed: int, tell: Callable[[int], None] | None
 ) -> None:
     tensors = {name: (part.dtype, (len(rows), part.width)) for name, part in components.items()}
-    free = shutil.disk_usage(file.parent).free
-    if file_size(tensors) > free:
-        raise ValueError(
-            f"{file.parent} has {free / 1e9:,.1f} GB left, and {file.name} takes more: choose another folder."
-        )
+    require_room(file.parent, file_size(tensors), file.name)
     with open(file, "wb") as opened:
         writer = TensorWriter(opened, tensors)
         first = rows.start

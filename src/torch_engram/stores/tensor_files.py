@@ -127,7 +127,10 @@ def _by_index(index: Path) -> dict[str, TensorPlace]:
 
 
 class TensorWriter:
-    """Streams tensors into one file, rows in any order; the header, written at once, says all of them."""
+    """Streams tensors into one file, rows in any order; the header, written at once, says all of them.
+
+    Into a file that has them already, it writes the same header, and other rows stay.
+    """
 
     def __init__(self, file: BinaryIO, tensors: Tensors):
         header = encode_header(tensors)
@@ -145,6 +148,11 @@ class TensorWriter:
         while view:  # pwrite may write less than it was given
             done = os.pwrite(self._descriptor, view, at)
             view, at = view[done:], at + done
+
+    def get(self, name: str, first: int, rows: int) -> bytes:
+        """The bytes of rows that were put into a file that can be read, too; fewer where it ends before."""
+        start, row = self._places[name]
+        return os.pread(self._descriptor, rows * row, start + first * row)
 
 
 def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
