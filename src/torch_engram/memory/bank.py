@@ -141,7 +141,8 @@ class MemoryBank:
         """The memory of row ids int64 ``[B, T, C]`` of one layer that somebody else has hashed, for a forward without
         training. Returns at once, and may be called on any thread.
 
-        ``mixes``: the n-grams' mixes int64 ``[B, T, N-1]`` that the rows came from, needed where a store is ``grouped``.
+        ``mixes``: the n-grams' mixes int64 ``[B, T, N-1]`` that the rows came from, needed where the bank is
+        :attr:`grouped`.
         """
         assert mixes is not None or not self.grouped, "a store that keeps n-grams together wants their mixes"
         rows = rows.to(self.device)

@@ -35,7 +35,7 @@ class _Write:
 
 
 class Source:
-    """One store and its recent writes. Fetches may begin and end on any thread; all else runs on the one that trains."""
+    """One store and its recent writes. Reads may begin and end on any thread; all else runs on the one that trains."""
 
     def __init__(self, store: Store, row_format: RowFormat):
         self.store, self.format = store, row_format
