@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,7 @@ def test_a_save_leaves_the_tables_where_they_are(save: Save, tmp_path: Path) -> 
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     served = serve_ple(model, folder)
     for part in (model, model.model, model.model.language_model):
-        with pytest.raises(ValueError, match="ngram_embedding.shard_0.weight', and a served model is saved without"):
+        with pytest.raises(ValueError, match=r"ngram_embedding\.shard_0\.weight', and a served model is saved without"):
             part.save_pretrained(folder, max_shard_size="20KB")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     expected = model(**inputs).logits
@@ -204,15 +203,15 @@ def test_banks_that_do_not_fit(
         serve_ple(model, bank_of(model, config, **options))
 
 
-def test_other_mistakes(build: Build, bank_of: BankOf, tmp_path: Path) -> None:
+def test_other_mistakes(build: Build, bank_of: BankOf, checkpoint: Path, tmp_path: Path) -> None:
     model = build("Qwen4ExpForCausalLM")
     bank = bank_of(model)
     with pytest.raises(ValueError, match="placed already: leave out placement='disk', or give a folder"):
         serve_ple(model, bank, placement="disk")
-    with pytest.raises(ValueError, match="nowhere is no file|nowhere"):
+    with pytest.raises(ValueError, match="nowhere is no file: give"):
         serve_ple(model, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="There is no placement 'dsik'"):
-        serve_ple(model, tmp_path, placement="dsik")
+        serve_ple(model, checkpoint, placement="dsik")
     serve_ple(model, bank)
     with pytest.raises(ValueError, match=r"served already: detach\(\)"):
         serve_ple(model, bank)
@@ -221,13 +220,8 @@ def test_other_mistakes(build: Build, bank_of: BankOf, tmp_path: Path) -> None:
     small = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     with pytest.raises(ValueError, match="LlamaForCausalLM is no Qwen4Exp model"):
         serve_ple(LlamaForCausalLM(LlamaConfig(**small)), bank)
-    with torch.device("meta"), without_ple_tables():
-        empty = Qwen4ExpForCausalLM(
-            replace(model.config) if hasattr(model.config, "__dataclass_fields__") else model.config
-        )
-    empty.to("meta")
     with pytest.raises(ValueError, match="on the meta device: load them"):
-        serve_ple(empty, bank)
+        serve_ple(build("Qwen4ExpForCausalLM").to("meta"), bank)
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:

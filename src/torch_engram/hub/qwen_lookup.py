@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class AbsentTable(nn.Module):
     """A table's place in a model that was loaded without it. It has no parameter, so that nothing is loaded or saved.
 
-    ``num_embeddings``, ``embedding_dim``: of the table. ``weight``: no rows, on the device and of the type that the table
-    would have, so that both follow the model.
+    ``num_embeddings``, ``embedding_dim``: of the table. ``weight``: no rows, on the device and of the type that the
+    table would have, so that both follow the model.
     """
 
     weight: Tensor

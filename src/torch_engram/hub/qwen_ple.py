@@ -41,7 +41,7 @@ def without_ple_tables() -> Iterator[None]:
     """
     embedding: Any = qwen.Qwen4ExpTextNGramEmbedding
     construct = embedding.__init__
-    ignored = qwen.Qwen4ExpPreTrainedModel._keys_to_ignore_on_load_unexpected
+    ignored = qwen.Qwen4ExpTextModel._keys_to_ignore_on_load_unexpected
 
     def construct_without(self: Any, *args: Any, **named: Any) -> None:
         with torch.device("meta"):
@@ -60,15 +60,16 @@ def without_ple_tables() -> Iterator[None]:
         yield
     finally:
         embedding.__init__ = construct
-        del qwen.Qwen4ExpTextModel._keys_to_ignore_on_load_unexpected
+        qwen.Qwen4ExpTextModel._keys_to_ignore_on_load_unexpected = ignored
 
 
 def serve_ple(model: PreTrainedModel, tables: str | Path | MemoryBank, *, placement: str | None = None) -> ServedPle:
     """Let a Qwen4Exp model read its PLE tables from ``tables``; :meth:`ServedPle.detach` undoes it.
 
     ``model``: any of transformers' Qwen4Exp classes, with tables of its own (which are kept, and not read) or loaded
-    within :func:`without_ple_tables`. ``tables``: the folder of the checkpoint's safetensors shards, or a bank that holds
-    them. ``placement``: where a folder's rows live, ``disk`` (the default), ``host`` or ``device``.
+    within :func:`without_ple_tables`. ``tables``: the folder of the checkpoint's safetensors shards, or a bank that
+    holds them. ``placement``: where a folder's rows live, as :class:`~torch_engram.memory.MemoryBank` has it; they stay
+    on disk by default.
 
     Outputs are those of the model with its own tables, bit for bit. Rows are only read: they get no gradient. A served
     model is saved without them, and not over them. Raises ``ValueError`` naming what in the tables does not fit the
