@@ -41,11 +41,17 @@ class PleHash:
 
     @classmethod
     def of(cls, embedding: Any) -> PleHash:
-        """Of a ``Qwen4ExpTextNGramEmbedding``. Raises ``ValueError`` when its buffers have no values."""
+        """Of a ``Qwen4ExpTextNGramEmbedding``. Raises ``ValueError`` when its buffers have no values, or its table is in
+        FP8."""
         buffers = {what: getattr(embedding, name) for what, name in _BUFFERS.items()}
         if any(buffer.is_meta for buffer in buffers.values()):
             raise ValueError("The model's weights are on the meta device: load them, then serve its PLE tables.")
         table = embedding.ngram_embedding
+        if hasattr(table, "weight_scale"):
+            raise ValueError(
+                "The model's own table is in FP8 with one scale: load it within without_ple_tables(), and serve shards "
+                "in BF16, F16 or F32."
+            )
         return cls(
             embedding.layer_idx,
             table.num_embeddings,
