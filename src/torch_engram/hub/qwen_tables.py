@@ -41,8 +41,8 @@ class PleHash:
 
     @classmethod
     def of(cls, embedding: Any) -> PleHash:
-        """Of a ``Qwen4ExpTextNGramEmbedding``. Raises ``ValueError`` when its buffers have no values, or its table is in
-        FP8."""
+        """Of a ``Qwen4ExpTextNGramEmbedding``. Raises ``ValueError`` when its buffers have no values, or its table is
+        in FP8."""
         buffers = {what: getattr(embedding, name) for what, name in _BUFFERS.items()}
         if any(buffer.is_meta for buffer in buffers.values()):
             raise ValueError("The model's weights are on the meta device: load them, then serve its PLE tables.")

@@ -110,8 +110,8 @@ def _qwen(tensors: Mapping[str, TensorPlace]) -> Iterator[NamedTable]:
         codec = _codec(places[0])
         if codec is None:  # such as FP8 with one scale for the whole table
             raise ValueError(
-                f"{places[0].file}: {table} is {_kind(places[0])}, which no codec reads: give its shards in BF16, F16 or "
-                "F32."
+                f"{places[0].file}: {table} is {_kind(places[0])}, which no codec reads: give its shards in BF16, F16 "
+                "or F32."
             )
         for place in places:
             if (place.dtype, place.shape[1:]) != (places[0].dtype, places[0].shape[1:]):
