@@ -65,9 +65,8 @@ class _ReadOnly:
     def __init__(self, cache: Any):
         self._cache = cache
 
-    def get_conv_state(self, *where: Any, **named: Any) -> Tensor | None:
-        state: Tensor | None = self._cache.get_conv_state(*where, **named)
-        return state
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
 
     def update_conv_state(self, *state: Any, **named: Any) -> None:
         pass

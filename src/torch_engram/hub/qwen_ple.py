@@ -172,16 +172,18 @@ class ServedPle:
             return
         for layer, embedding in self._embeddings.items():
             if tokens.device == embedding.layer_multipliers.device:
-                ahead[layer] = tokens, self._ask(layer, embedding, tokens, named.get("cache"))
+                cache = _cache_of(named)
+                ahead[layer] = tokens, cache, self._ask(layer, embedding, tokens, cache)
 
     def _before_lookup(self, layer: int, embedding: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Let the lookup that follows take the rows that were asked for, if they are of these very tokens."""
+        """Let the lookup that follows take the rows that were asked for, if they are of these very tokens and cache."""
         given = dict(zip(("input_ids", "cache"), args, strict=False)) | named
-        tokens = given["input_ids"]
-        asked, memory = (getattr(self._calls, "ahead", None) or {}).pop(layer, (None, None))
-        if asked is not tokens or memory is None:
-            memory = self._ask(layer, embedding, tokens, given.get("cache"))
-        self._calls.due = memory
+        tokens, cache = given["input_ids"], _cache_of(given)
+        asked = (getattr(self._calls, "ahead", None) or {}).pop(layer, None)
+        if asked is not None and asked[0] is tokens and asked[1] is cache:
+            self._calls.due = asked[2]
+        else:
+            self._calls.due = self._ask(layer, embedding, tokens, cache)
 
     @torch.no_grad()
     def _ask(self, layer: int, embedding: Any, tokens: Tensor, cache: Any) -> Memory:
@@ -193,6 +195,11 @@ class ServedPle:
         memory, self._calls.due = self._calls.due, None
         embeddings: Tensor = memory.wait(layer)[self.bank.name]
         return embeddings
+
+
+def _cache_of(given: dict[str, Any]) -> Any:
+    """The cache among a call's arguments, by its name or the one that it had in transformers 5.17."""
+    return given.get("cache", given.get("past_key_values"))
 
 
 def _save_elsewhere(model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **named: Any) -> Any:
