@@ -21,6 +21,7 @@ ROOMS = (
     "models",
     "generate",
     "train",
+    "hub",
 )
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
 

@@ -22,7 +22,7 @@ def test_the_api_page_is_current() -> None:
 
 
 @pytest.mark.parametrize(
-    "room", ["data", "addressing", "stores", "optim", "memory", "fusion", "models", "train", "bench"]
+    "room", ["data", "addressing", "stores", "optim", "memory", "fusion", "models", "train", "hub", "bench"]
 )
 def test_public_classes_and_functions_have_docstrings(room: str) -> None:
     module = importlib.import_module(f"torch_engram.{room}")

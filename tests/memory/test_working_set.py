@@ -317,3 +317,34 @@ def test_empty_sequences_and_batches(make_bank: Make) -> None:
     step.reduce()
     assert step.norm() == 0
     step.apply()
+
+
+def test_rows_that_somebody_else_has_hashed(make_bank: Make, stores: dict[str, Any]) -> None:
+    bank = make_bank(placement=stores["read-only"])
+    tokens = ids(2, 9)
+    mixes, rows = bank.addressing.rows(bank.addressing.windows(tokens), 3)
+    expected = bank.read(tokens).wait(3)["engram"]
+    memory = bank.read_rows(3, rows, mixes)
+    assert torch.equal(memory.wait(3)["engram"], expected) and memory.wait(1) == {}
+    store: Any = bank.source(bank.tables[1]).store
+    (keys, group), (read_keys, read_group) = store.asked[-1], store.asked[-2]
+    assert torch.equal(keys, read_keys) and torch.equal(group, read_group)
+
+
+def test_rows_are_read_from_many_threads_at_once(make_bank: Make) -> None:
+    bank = make_bank(optimizer=RowAdam)
+    batches = [ids(2, 5) for _ in range(40)]
+    expected = [bank.read(batch).wait(1)["engram"] for batch in batches]
+    found: dict[int, Tensor] = {}
+
+    def read(number: int) -> None:
+        rows = bank.addressing.rows(bank.addressing.windows(batches[number]), 1)[1]
+        found[number] = bank.read_rows(1, rows).wait(1)["engram"]
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[number], rows) for number, rows in enumerate(expected))
+    assert not bank.source(bank.tables[0]).in_use

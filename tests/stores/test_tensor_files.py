@@ -206,6 +206,7 @@ def test_qwens_tables_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
         (lambda t: t.update({"layers.1.engram.embed.scale": fp8(4)[1]}), "no FP8 rows with a scale"),
         (lambda t: t.update(qwen(range(3)), **qwen(range(4, 5))), "has no shard 3"),
         (lambda t: t.update(qwen(range(3)), **qwen(range(3, 4), width=6)), "a shard of .* is BF16"),
+        (lambda t: t.update({n: v.to(torch.float8_e4m3fn) for n, v in qwen(range(3)).items()}), "which no codec reads"),
     ],
 )
 def test_what_a_known_layout_lacks_is_named(tmp_path: Path, change: Any, error: str) -> None:

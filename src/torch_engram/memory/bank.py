@@ -137,52 +137,95 @@ class MemoryBank:
         """The memory of some tokens, for a forward without training."""
         return self._begin([_as_tokens(tokens)], trains=False)[0]
 
+    def read_rows(self, layer: int, rows: Tensor, mixes: Tensor | None = None) -> Memory:
+        """The memory of row ids int64 ``[B, T, C]`` of one layer that somebody else has hashed, for a forward without
+        training. Returns at once, and may be called on any thread.
+
+        ``mixes``: the n-grams' mixes int64 ``[B, T, N-1]`` that the rows came from, needed where the bank is
+        :attr:`grouped`.
+        """
+        assert mixes is not None or not self.grouped, "a store that keeps n-grams together wants their mixes"
+        rows = rows.to(self.device)
+        mixes = rows[..., :0] if mixes is None else mixes.to(self.device)
+        lookups = self._worker.submit(self._hashed, mixes, rows, self._now())
+        return self._fetches((layer,), lookups, [None], trains=False)[0]
+
+    @property
+    def grouped(self) -> bool:
+        """Whether a store keeps the heads of an n-gram together, and so is told of n-grams' mixes."""
+        return any(source.store.grouped for source in self._sources)
+
     def _begin(self, batches: Sequence[Tokens], trains: bool) -> WorkingSet:
-        rows: dict[int, list[TouchedRows]] = {layer: [] for layer in self.config.layers}
-        for table, source in zip(self.tables, self._sources, strict=True):
-            rows[table.layer].append(TouchedRows(table, source))
-        before = None if self._stream is None else torch.cuda.current_stream(self.device).record_event()
-        lookups = self._worker.submit(self._lookups, batches, before)
+        lookups = self._worker.submit(self._lookups, batches, self._now())
         if any(batch.history is not None for batch in batches):
             wait([lookups])  # a history is told of its tokens before the caller goes on and, say, crops it
             if self._stream is not None:
                 torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        return self._fetches(self.config.layers, lookups, [batch.live for batch in batches], trains)
+
+    def _fetches(
+        self, layers: Sequence[int], lookups: Future[list[Lookup]], live: Sequence[Tensor | None], trains: bool
+    ) -> WorkingSet:
+        """One entry of ``live`` a micro-batch."""
+        rows: dict[int, list[TouchedRows]] = {layer: [] for layer in layers}
+        for table, source in zip(self.tables, self._sources, strict=True):
+            if table.layer in rows:
+                rows[table.layer].append(TouchedRows(table, source))
         fetches = {
-            layer: self._worker.submit(self._prepare, layer, tables, lookups, batches) for layer, tables in rows.items()
+            layer: self._worker.submit(self._prepare, layer, tables, lookups, live) for layer, tables in rows.items()
         }
-        return WorkingSet(self, rows, fetches, len(batches), trains)
+        return WorkingSet(self, rows, fetches, len(live), trains)
+
+    def _now(self) -> torch.cuda.Event | None:
+        """What the prefetch stream has to wait for to see all that was done so far."""
+        return None if self._stream is None else torch.cuda.current_stream(self.device).record_event()
+
+    def _hashed(self, mixes: Tensor, rows: Tensor, before: torch.cuda.Event | None) -> list[Lookup]:
+        """Runs on the prefetch thread, as does :meth:`_lookups`."""
+        if self._stream is not None and before is not None:
+            self._stream.wait_event(before)
+            mixes.record_stream(self._stream)
+            rows.record_stream(self._stream)
+        return [lambda layer: (mixes, rows)]
 
     def _lookups(self, batches: Sequence[Tokens], before: torch.cuda.Event | None) -> list[Lookup]:
         """Runs on the prefetch thread, as does :meth:`_fetch`."""
         with self._side_stream():
             if self._stream is not None and before is not None:
                 self._stream.wait_event(before)
-            grouped = any(source.store.grouped for source in self._sources)
             return [
                 self.addressing.lookup(
                     batch.ids.to(self.device),
                     history=batch.history,
                     doc_start=batch.doc_start,
                     live=batch.live,
-                    with_mixes=grouped,
+                    with_mixes=self.grouped,
                 )
                 for batch in batches
             ]
 
     def _fetch(
-        self, layer: int, tables: Sequence[TouchedRows], lookups: Future[list[Lookup]], batches: Sequence[Tokens]
+        self,
+        layer: int,
+        tables: Sequence[TouchedRows],
+        lookups: Future[list[Lookup]],
+        live: Sequence[Tensor | None],
     ) -> None:
         with self._side_stream():
             found = [lookup(layer) for lookup in lookups.result()]
-            live = [None if batch.live is None else batch.live.to(self.device) for batch in batches]
+            masks = [None if mask is None else mask.to(self.device) for mask in live]
             for rows in tables:
-                rows.fetch(found, live)
+                rows.fetch(found, masks)
 
     def _prepare(
-        self, layer: int, tables: Sequence[TouchedRows], lookups: Future[list[Lookup]], batches: Sequence[Tokens]
+        self,
+        layer: int,
+        tables: Sequence[TouchedRows],
+        lookups: Future[list[Lookup]],
+        live: Sequence[Tensor | None],
     ) -> PreparedLayer:
         """All that can be done before the step, on the prefetch thread; what a later write changes is done again."""
-        self._fetch(layer, tables, lookups, batches)
+        self._fetch(layer, tables, lookups, live)
         with self._side_stream():
             return PreparedLayer(tables, self.dtype, self.aside)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class _Write:
 
 
 class Source:
-    """One store and its recent writes. Its methods run on the thread that trains."""
+    """One store and its recent writes. Reads may begin and end on any thread; all else runs on the one that trains."""
 
     def __init__(self, store: Store, row_format: RowFormat):
         self.store, self.format = store, row_format
@@ -42,18 +43,21 @@ class Source:
         """Epoch of the last write."""
         self._writes: list[_Write] = []
         self._readers: dict[int, int] = {}  # fetches in use, by the epoch that each began at
+        self._counting = Lock()
 
     def begin_read(self) -> int:
         """A fetch is about to begin: the epoch up to which it will see every write."""
-        epoch = self.store.acknowledged if isinstance(self.store, WritableStore) else 0
-        self._readers[epoch] = self._readers.get(epoch, 0) + 1
+        with self._counting:
+            epoch = self.store.acknowledged if isinstance(self.store, WritableStore) else 0
+            self._readers[epoch] = self._readers.get(epoch, 0) + 1
         return epoch
 
     def end_read(self, epoch: int) -> None:
         """That fetch has been brought up to date, or given up."""
-        self._readers[epoch] -= 1
-        if not self._readers[epoch]:
-            del self._readers[epoch]
+        with self._counting:
+            self._readers[epoch] -= 1
+            if not self._readers[epoch]:
+                del self._readers[epoch]
 
     @property
     def in_use(self) -> bool:
@@ -85,5 +89,6 @@ class Source:
         done = torch.cuda.current_stream(records.device).record_event() if records.is_cuda else None
         self.newest = self.store.write(rows.row_keys, records)
         self._writes.append(_Write(self.newest, space, rows.row_keys, records, done))
-        seen = min([self.store.acknowledged, *self._readers])
+        with self._counting:
+            seen = min([self.store.acknowledged, *self._readers])
         self._writes = [write for write in self._writes if write.epoch > seen]

@@ -108,13 +108,19 @@ def _qwen(tensors: Mapping[str, TensorPlace]) -> Iterator[NamedTable]:
         if missing is not None:
             raise ValueError(f"{table} has no shard {missing}: give the folder with all shards.")
         places = tuple(found[number] for number in range(len(found)))
+        codec = _codec(places[0])
+        if codec is None:  # such as FP8 with one scale for the whole table
+            raise ValueError(
+                f"{places[0].file}: {table} is {_kind(places[0])}, which no codec reads: give its shards in BF16, F16 "
+                "or F32."
+            )
         for place in places:
-            if _codec(place) is None or (place.dtype, place.shape[1:]) != (places[0].dtype, places[0].shape[1:]):
+            if (place.dtype, place.shape[1:]) != (places[0].dtype, places[0].shape[1:]):
                 raise ValueError(
                     f"{place.file}: a shard of {table} is {_kind(place)}, and the first one {_kind(places[0])}: give "
                     "the shards of one checkpoint."
                 )
-        yield NamedTable(table, "Qwen4Exp", layers[table], _codec(places[0]) or "", places[0].shape[1], places)
+        yield NamedTable(table, "Qwen4Exp", layers[table], codec, places[0].shape[1], places)
 
 
 def _plain(tensors: Mapping[str, TensorPlace]) -> Iterator[NamedTable]:

@@ -1,0 +1,12 @@
+"""Models of Hugging Face's transformers with memories from our stores. Needs the extra ``hf``."""
+
+try:
+    import transformers.models.qwen4_exp as _newest  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "torch_engram.hub needs transformers 5.17 or newer: pip install 'torch-engram[hf]', or '.[hf]' in a clone."
+    ) from error
+
+from torch_engram.hub.qwen_ple import ServedPle, serve_ple, without_ple_tables
+
+__all__ = ["ServedPle", "serve_ple", "without_ple_tables"]
