@@ -158,7 +158,7 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     if asked.text and asked.tokenizer:
         tokenizer = load_tokenizer(asked.tokenizer)
-        file = tokenize_corpus(open_corpus(asked.text), tokenizer, ROOT / ".cache" / "tokens", validation_share=0).train
+        file = tokenize_corpus(open_corpus(asked.text), tokenizer, ROOT / ".cache" / "tokens", validation_share=0.0).train
         addressing = Addressing(EngramConfig.preset("deepseek-v4.1"), CanonicalVocab.of(tokenizer))
         measure(ngrams_of_file(addressing, file))
     elif not asked.figure:
