@@ -21,11 +21,10 @@ from record import RESULTS, record
 from torch_engram.addressing import Addressing, CanonicalVocab
 from torch_engram.analysis.charts import Series, line_chart, number
 from torch_engram.analysis.hit_rates import (
-    PREFILL,
+    WAYS,
     Ngrams,
     Steps,
     Traffic,
-    decode,
     distinct_share,
     ngrams_of_file,
     static_hit_rate,
@@ -42,7 +41,6 @@ FIGURE = ROOT / "docs" / "figures" / "hit-rates.svg"
 CACHES_GB = (0, 0.1, 0.2, 0.5, 1, 2, 4, 8, 16)
 CAPACITIES = (0, *(1000 << k for k in range(15)))  # n-grams, of the curves that ship
 ENTRY = 2 * 8 * 264  # bytes of an n-gram: layers, heads, a record in FP8
-WAYS = {"prefill": PREFILL, "decode-1": decode(1), "decode-512": decode(512)}
 
 
 def measure(ngrams: Ngrams) -> None:
@@ -158,7 +156,9 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     if asked.text and asked.tokenizer:
         tokenizer = load_tokenizer(asked.tokenizer)
-        file = tokenize_corpus(open_corpus(asked.text), tokenizer, ROOT / ".cache" / "tokens", validation_share=0.0).train
+        file = tokenize_corpus(
+            open_corpus(asked.text), tokenizer, ROOT / ".cache" / "tokens", validation_share=0.0
+        ).train
         addressing = Addressing(EngramConfig.preset("deepseek-v4.1"), CanonicalVocab.of(tokenizer))
         measure(ngrams_of_file(addressing, file))
     elif not asked.figure:

@@ -78,13 +78,8 @@ class Steps:
     """Documents that are read side by side, one token of each after the other."""
 
 
-PREFILL = Steps(8192)
-"""One document after the other, in chunks of 8,192 tokens."""
-
-
-def decode(sequences: int) -> Steps:
-    """A token of every sequence a step."""
-    return Steps(sequences, sequences)
+WAYS = {"prefill": Steps(8192), "decode-1": Steps(1), "decode-512": Steps(512, 512)}
+"""Ways of reading: chunks of 8,192 tokens, one document after the other; a token of one sequence, or of each of 512."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +108,7 @@ def traffic(ngrams: Ngrams, entry_bytes: Sequence[int], caches: Sequence[int], s
     parts = [_in_steps(border, steps), border + _in_steps(length - border, steps)]
     sequence, measured = np.concatenate(parts), len(parts[1])
     if not measured:
-        raise ValueError(
-            f"A text of {length:,} tokens is too short to read {steps.sequences} sequences: give more text."
-        )
+        raise ValueError(f"A text of {length:,} tokens is too short for {steps.sequences} sequences: give more text.")
     orders = len(ngrams.orders)
     keys = np.ascontiguousarray(ngrams.ids[:, sequence].T).reshape(-1)
     step = np.concatenate([np.arange(len(part), dtype=np.int32) // steps.tokens for part in parts])

@@ -37,6 +37,8 @@ def reuse_bytes(keys: _Ints, sizes: _Ints, steps: _Ints) -> _Ints:
     """
     if len(keys) >= 2**31:
         raise ValueError(f"A stream of {len(keys):,} accesses is too long: count over a part of it.")
+    if not len(keys):
+        return np.zeros(0, np.int64)
     by_key, order = _sorted_with_places(keys)
     by_step = steps[order]
     known = np.zeros(len(keys), bool)
