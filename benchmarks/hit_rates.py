@@ -131,21 +131,20 @@ def draw() -> None:
 def sheet(charts: list[str]) -> str:
     """Four charts with their titles and one legend as a picture of its own, in the library's colours."""
     style = (ROOT / "src" / "torch_engram" / "analysis" / "report.css").read_text(encoding="utf-8")
-    kept = re.findall(r"^(?::root|@media \(prefers-color|\.series|\.chart (?!>)).*?^?\}(?:\n\})?$", style, re.M | re.S)
     parts = []
     for place, chart in enumerate(charts):
         title, inner = re.findall(r"<figcaption>(.*?)</figcaption>", chart)[0], re.findall(r"(<svg.*</svg>)", chart)[0]
         x, y = 20 + 490 * (place % 2), 64 + 330 * (place // 2)
         parts.append(f'<text class="title" x="{x}" y="{y - 14}">{title}</text>')
-        parts.append(inner.replace("<svg ", f'<svg x="{x}" y="{y}" width="460" height="280" ', 1))
+        parts.append(inner.replace('<svg class="chart" ', f'<svg x="{x}" y="{y}" width="460" height="280" ', 1))
     labels = ("2-grams", 1), ("3-grams", 2), ("4-grams", 3), ("all, cache empty at first", 0), ("all, cache warmed", 4)
     for place, (label, color) in enumerate(labels):
         parts.append(f'<circle class="series-{color}" cx="{28 + 120 * place + 60 * (place > 3)}" cy="16" r="5"/>')
         parts.append(f'<text x="{38 + 120 * place + 60 * (place > 3)}" y="20">{label}</text>')
     head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 990 690" class="chart" role="img"'
-    kept += [".chart .title { font-weight: 600; fill: var(--text); }", "svg { background: var(--ground); }"]
+    style += ".chart .title { font-weight: 600; fill: var(--text); }\n.chart { background: var(--ground); }\n"
     label = "Hit rates and bytes a token over cache size"
-    return f'{head} aria-label="{label}"><style>\n{chr(10).join(kept)}\n</style>{"".join(parts)}</svg>\n'
+    return f'{head} aria-label="{label}"><style><![CDATA[\n{style}]]></style>\n{chr(10).join(parts)}\n</svg>\n'
 
 
 if __name__ == "__main__":
