@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 from pathlib import Path
@@ -80,6 +81,17 @@ def test_a_larger_cache_never_fetches_more_by_the_curves_that_ship(caches):
                 fetched = [one[way].fetched[order] for one in found]
                 assert fetched == sorted(fetched, reverse=True)
                 assert all(0 <= one[way].hit_rates[order] < 1 for one in found)
+
+
+def test_the_curves_that_ship_are_those_of_the_csv():
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "hit-rates.csv"
+    with open(path, newline="") as file:
+        rows = {row["case"]: float(row["value"]) for row in csv.DictReader(file)}
+    for gigabytes in (0, 0.1, 1, 8, 16):
+        demands, _ = demands_shipped(V41, int(gigabytes * 1e9))
+        for way, demand in demands.items():
+            moved = cost("host", V41, BIG, demand).bus_bytes
+            assert moved == pytest.approx(rows[f"{way}-warmed-bytes-all-{gigabytes}GB"], rel=0.01), (way, gigabytes)
 
 
 def test_orders_without_a_curve_are_refused():
