@@ -8,7 +8,7 @@ import sys
 import pytest
 import typer
 
-VERBS = ("demo", "train", "recipes", "sample", "trace", "gates", "table", "bench")
+VERBS = ("demo", "train", "recipes", "sample", "trace", "gates", "plan", "table", "bench")
 SUBVERBS = (["bench", "ops"], ["bench", "step"], ["table", "info"], ["table", "verify"], ["table", "synth"])
 
 

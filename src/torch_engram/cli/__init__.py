@@ -14,6 +14,7 @@ from torch_engram import __version__
 from torch_engram.cli.bench import bench
 from torch_engram.cli.demo import demo
 from torch_engram.cli.gates import gates
+from torch_engram.cli.plan import plan
 from torch_engram.cli.recipes import recipes
 from torch_engram.cli.sample import sample
 from torch_engram.cli.table import table
@@ -44,7 +45,7 @@ def options(
     """Options of the command itself."""
 
 
-for verb in (demo, train, recipes, sample, trace, gates):
+for verb in (demo, train, recipes, sample, trace, gates, plan):
     app.command()(verb)
 app.add_typer(table)
 app.add_typer(bench)

@@ -79,13 +79,13 @@ def _trace_preset(
     if text is not None:
         assert reader is not None
         if not canonical:
-            _require_fit(reader.get_vocab_size(), config)
+            require_fit(reader.get_vocab_size(), config)
         ids = reader.encode(text, add_special_tokens=False).ids
     assert ids is not None
     return trace_ids({preset: Addressing(config, vocab)}, ids, tokenizer=reader, layer=layer), configs
 
 
-def _require_fit(size: int, config: EngramConfig) -> None:
+def require_fit(size: int, config: EngramConfig) -> None:
     """Without a canonical map, a preset can tell another model's tokenizer by its number of ids alone."""
     if not 0.95 * config.vocab_size <= size <= config.vocab_size:
         raise ValueError(
