@@ -51,7 +51,7 @@ def plan(
     from torch_engram.analysis.placement import Tables, placements
     from torch_engram.analysis.placement import as_json as placement_json
     from torch_engram.config import EngramConfig
-    from torch_engram.memory.bank import require_known
+    from torch_engram.memory.placement import require_known
 
     if (text is None) != (tokenizer is None):
         raise ValueError("Hit rates on a text need both: give --text and --tokenizer, or neither.")

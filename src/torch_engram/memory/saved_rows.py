@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torch_engram.memory.rows import Table
 from torch_engram.memory.saved import FACTS, SavedMemory, table_folder
+from torch_engram.memory.tables import Table
 from torch_engram.stores import CODECS, Manifest, Plane, RecordLayout, RowFormat, make_keys, planes_of
 from torch_engram.stores.layouts import plain_name
 from torch_engram.stores.manifest import Part, tensor_name
