@@ -122,6 +122,19 @@ class RowFormat:
                 self.layout.view(records, field).copy_(part)
         return records
 
+    def with_initial(self, keys: Tensor, records: Tensor) -> Tensor:
+        """``records`` uint8 ``[U, nbytes]``, changed in place: a row that was never written holds its initial value."""
+        names = [plane.name for plane in self.layout.planes]
+        if self.init_std and "count" in names:
+            count = next(field for field in self.layout.fields if field.plane == "count")
+            fresh = (self.layout.view(records, count) == 0).squeeze(1).nonzero().squeeze(1)
+            plane = self.layout.plane("value")
+            initial = CODECS[plane.codec].encode(initial_rows(self.seed, keys[fresh], plane.width, self.init_std))
+            fields = [field for field in self.layout.fields if field.plane == "value"]
+            for field, part in zip(fields, initial, strict=True):
+                self.layout.view(records, field)[fresh] = part
+        return records
+
     def _initial(self, keys: Tensor) -> Tensor:
         """Initial values, already rounded as the codec stores them, so that writing a row back changes nothing."""
         plane = self.layout.plane("value")
