@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -16,7 +17,8 @@ def byte_count(size: int | str) -> int:
     Raises ``ValueError`` for anything else, and for less than one byte.
     """
     found = _WRITTEN.fullmatch(str(size).upper())
-    unit = _UNITS.get(found[2]) if found else None
-    if isinstance(size, bool) or found is None or unit is None or int(float(found[1]) * unit) < 1:
+    unit = _UNITS.get(found[2], 0) if found and not isinstance(size, bool) else 0
+    count = Decimal(found[1]) * unit if found else Decimal(0)
+    if count < 1 or (unit == 1 and count % 1):
         raise ValueError(f"{size!r} is no size: write bytes as a whole number, or as in '8GB' or '512MiB'.")
-    return int(float(found[1]) * unit) if "." in found[1] else int(found[1]) * unit
+    return int(count)

@@ -132,7 +132,7 @@ class RowFormat:
             initial = CODECS[plane.codec].encode(initial_rows(self.seed, keys[fresh], plane.width, self.init_std))
             fields = [field for field in self.layout.fields if field.plane == "value"]
             for field, part in zip(fields, initial, strict=True):
-                self.layout.view(records, field)[fresh] = part
+                records[fresh, field.start : field.stop] = part.contiguous().view(torch.uint8)
         return records
 
     def _initial(self, keys: Tensor) -> Tensor:
