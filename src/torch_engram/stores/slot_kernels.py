@@ -99,7 +99,13 @@ def overwrite_triton(table: Slots, reads: Reads, records: Tensor) -> None:
 def _first_way(tag, region):
     """The first place of the set of each tag, from the constants of its region."""
     high = (scramble(tag + tl.load(region + 6) * _GAMMA) >> 33) & 0x7FFFFFFF
-    return tl.load(region) + ((high * tl.load(region + 1)) >> 31) * _WAYS
+    return (tl.load(region) + ((high * tl.load(region + 1)) >> 31)) * _WAYS
+
+
+@triton.jit
+def _record(slot, region):
+    """The first record of the entry at each place."""
+    return tl.load(region + 2) + (slot - tl.load(region) * _WAYS) * tl.load(region + 3)
 
 
 @triton.jit
@@ -131,7 +137,7 @@ def _probe(
     hit = here & (found >= 0)
     slot = first + found
     tl.store(stamps + slot, tl.full([READS], 1, tl.int32) * epoch, mask=hit)
-    record = tl.load(region + 2) + (slot - tl.load(region)) * tl.load(region + 3)
+    record = _record(slot, region)
     tl.store(where + read, tl.where(hit, record, -1), mask=here)
     for number in range(REGIONS):
         hits = tl.sum((hit & (which == number)).to(tl.int64), axis=0)
@@ -154,7 +160,7 @@ def _claim(
         spilled = missed & (slot < 0)
         parts = tl.where(won | spilled, tl.load(region + 3), 0)
         begins = tl.atomic_add(missing, tl.sum(parts, axis=0)) + tl.cumsum(parts, axis=0) - parts
-        record = tl.load(region + 2) + (slot - tl.load(region)) * tl.load(region + 3)
+        record = _record(slot, region)
         tl.store(where + read, tl.where(spilled, -2 - begins, record), mask=missed)
         row = rows + read // groups * columns + tl.load(region + 4)
         offset = tl.load(region + 5)
@@ -246,7 +252,7 @@ def _overwrite(asked, regions, by_space, tags, new, records, count, width, READS
     there = tl.load(tags + first[:, None] + way[None], mask=here[:, None], other=_EMPTY)
     found = tl.max(tl.where(there == tag[:, None], way[None], -1), axis=1)
     hit = here & (found >= 0)
-    target = tl.load(region + 2) + first + found - tl.load(region)
+    target = _record(first + found, region)
     for begin in range(0, width, WORDS):
         word = begin + tl.arange(0, WORDS)
         inside = hit[:, None] & (word < width)[None]

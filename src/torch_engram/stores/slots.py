@@ -101,13 +101,13 @@ class Slots:
         if budget // len(sizes) < max(sizes):
             raise ValueError(f"A cache of {budget:,} bytes is too small: give {len(sizes) * max(sizes):,} or more.")
         sets = [min(budget // len(sizes) // size, 2**31 - 1) for size in sizes]
-        plan, slot, record = [], 0, 0
+        plan, first, record = [], 0, 0
         for number, (region, count) in enumerate(zip(regions, sets, strict=True)):
-            plan.append([slot, count, record, region.parts, region.first_column, region.key_offset, number])
-            slot += count * WAYS
+            plan.append([first, count, record, region.parts, region.first_column, region.key_offset, number])
+            first += count
             record += count * WAYS * region.parts
-        self.tags = torch.full((slot,), EMPTY, dtype=torch.int64, device=device)
-        self.stamps = torch.zeros(slot, dtype=torch.int32, device=device)
+        self.tags = torch.full((first * WAYS,), EMPTY, dtype=torch.int64, device=device)
+        self.stamps = torch.zeros(first * WAYS, dtype=torch.int32, device=device)
         self.records = torch.empty(record, nbytes, dtype=torch.uint8, device=device)
         self.counts = torch.zeros(len(plan), len(COUNTS), dtype=torch.int64, device=device)
         self.missing = torch.zeros(1, dtype=torch.int64, device=device)
@@ -189,7 +189,7 @@ def pick(records: Tensor, fetched: Tensor, index: Tensor) -> Tensor:
 def _sets_of(tags: Tensor, regions: Tensor) -> Tensor:
     """The first place of each tag's set; ``regions``: ``[m, 7]``, each tag's own."""
     high = (scramble(tags + regions[:, 6] * GAMMA) >> 33) & (2**31 - 1)
-    return regions[:, 0] + (high * regions[:, 1] >> 31) * WAYS
+    return (regions[:, 0] + (high * regions[:, 1] >> 31)) * WAYS
 
 
 def _ways_of(first: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ def _claim(slots: Slots, first: Tensor, tags: Tensor) -> tuple[Tensor, Tensor]:
 
 def _record(regions: Tensor, slot: Tensor) -> Tensor:
     """The first record of the entry at each place."""
-    return regions[:, 2] + (slot - regions[:, 0]) * regions[:, 3]
+    return regions[:, 2] + (slot - regions[:, 0] * WAYS) * regions[:, 3]
 
 
 def _missing(
