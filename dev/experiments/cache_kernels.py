@@ -20,9 +20,19 @@ from torch import Tensor
 
 from torch_engram.bench.memory_ops import natural_ids
 from torch_engram.bench.timing import copy_rate
-from torch_engram.stores import CODECS, DeviceStore, HostStore, Plane, RecordLayout, RowFormat, Store
-from torch_engram.stores.cached import CachedStore, WritableCachedStore
-from torch_engram.stores.ngram_cache import Heads, NgramCache
+from torch_engram.stores import (
+    CODECS,
+    CachedStore,
+    DeviceStore,
+    Heads,
+    HostStore,
+    NgramCache,
+    Plane,
+    RecordLayout,
+    RowFormat,
+    Store,
+    WritableCachedStore,
+)
 from torch_engram.stores.slots import EMPTY, WAYS
 
 GPU = torch.cuda.is_available()

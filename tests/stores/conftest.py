@@ -9,8 +9,15 @@ import pytest
 import torch
 from disk_ways import WAYS, read_by
 
-from torch_engram.stores import DeviceStore, DiskStore, HostStore, RecordLayout, WritableStore, slots
-from torch_engram.stores.cached import WritableCachedStore
+from torch_engram.stores import (
+    DeviceStore,
+    DiskStore,
+    HostStore,
+    RecordLayout,
+    WritableCachedStore,
+    WritableStore,
+    slots,
+)
 
 StoreOf = Callable[[RecordLayout, Mapping[int, int]], WritableStore]
 

@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from disk_ways import tables
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torch_engram.stores import DeviceStore, HostStore, Plane, RecordLayout, RowFormat, Store, WritableStore, make_keys
+from torch_engram.stores import (
+    CachedStore,
+    DeviceStore,
+    DiskStore,
+    Heads,
+    HostStore,
+    NgramCache,
+    Plane,
+    RecordLayout,
+    RowFormat,
+    Store,
+    WritableCachedStore,
+    WritableStore,
+    cached,
+    make_keys,
+    ngram_cache,
+)
 from torch_engram.stores.budget import byte_count
-from torch_engram.stores.cached import CachedStore, WritableCachedStore, cached
-from torch_engram.stores.ngram_cache import Heads, NgramCache, ngram_cache
 from torch_engram.stores.slots import WAYS
+from torch_engram.stores.synthetic import synthesise
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYOUT = RecordLayout((Plane("value", 5, "fp8"), Plane("count", 1, "int32")))
@@ -175,6 +192,28 @@ def test_a_read_only_store_stays_one() -> None:
     keys = make_keys(2, torch.arange(9, device=DEVICE))
     assert not store.fetch(keys).any() and not store.fetch(keys).any()
     assert store.counts()[2, 0] == dict(hits=9, repeats=0, misses=9, evictions=0, overflow=0)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "fp16", "fp8", "int8"])
+@pytest.mark.parametrize("times", [1, 60])
+def test_tables_in_files_behind_caches(
+    disk_store_of: Callable[..., DiskStore], tmp_path: Path, codec: str, times: int
+) -> None:
+    """By row and by n-gram, the bytes and the numbers of the files."""
+    synthesise(tmp_path / "table", "plain", 300, 20, codec)
+    store = disk_store_of(tables(tmp_path / "table"))
+    least = WAYS * (3 * store.layout.nbytes + 12)
+    by_row, row_format = cached(store, times * least, "cpu"), RowFormat(store.layout)
+    by_ngram = ngram_cache(store, [Heads(0, (3,))], row_format, times * least, "cpu")
+    for _ in range(3):
+        mixes = torch.randint(80, (1, 40, 1))
+        rows = (mixes * 7 + torch.tensor([0, 5, 11])) % 300
+        keys = make_keys(0, rows.flatten())
+        expected = store.fetch(keys)
+        assert torch.equal(by_row.fetch(keys), expected)
+        out = by_ngram.read((0,), mixes, rows, torch.full((1, 40, 60), torch.nan))
+        assert torch.equal(out.view(-1, 20), row_format.decode(keys, expected)["value"])
+    assert by_row.counts()[0, 0]["hits"] and by_ngram.counts()[0, 0]["hits"]
 
 
 # -- by n-gram ---------------------------------------------------------------------------------------------------------

@@ -50,6 +50,9 @@ class NgramCache(Front):
     that is none or too small.
     """
 
+    grouped = True
+    """Mixes are wanted, for :meth:`read`."""
+
     def __init__(
         self,
         store: Store,
