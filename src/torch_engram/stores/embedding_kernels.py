@@ -19,6 +19,8 @@ _TILE = 2048
 _STORED = {"fp32": torch.float32, "bf16": torch.int16, "fp16": torch.float16, "fp8": torch.uint8, "int8": torch.int8}
 """As what a kernel reads the codes."""
 _SCALES = {"fp8": torch.uint8, "int8": torch.float32}
+_VARYING = ("rows", "positions")
+"""Numbers that differ from batch to batch: the kernel is not compiled anew for those that 16 divides."""
 _BLOCK = tl.constexpr(32)
 """Numbers that share a scale of E4M3."""
 
@@ -74,7 +76,7 @@ def _values(codes, scales, record, column, inside, CODEC: tl.constexpr, STRIDE: 
     return code.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _embed(
     codes, scales, fetched_codes, fetched_scales, where, group, part, out,
     rows, positions, groups, space_stride, stride,

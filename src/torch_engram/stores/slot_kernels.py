@@ -29,6 +29,8 @@ _WORDS = 1024
 """Words that one program moves together."""
 _ROWS = 32
 """Rows that one program overwrites."""
+_VARYING = ("count", "positions", "words", "epoch")
+"""Numbers that differ from batch to batch: a kernel is not compiled anew for those that 16 divides."""
 _COLUMNS = tl.constexpr(7)
 _COUNTS = tl.constexpr(len(slots.COUNTS))
 _WAYS = tl.constexpr(slots.WAYS)
@@ -47,7 +49,7 @@ def find_triton(table: Slots, reads: Reads) -> Found:
 
     count, most = len(reads.tags), max(region.parts for region in table.regions)
     where = torch.empty_like(reads.tags)
-    missing = reads.tags.new_empty(3, count * most)
+    missing = reads.tags.new_empty(3, -(-count * most // 16) * 16)  # each of the three aligned for wide accesses
     if not count:
         return Found(where, *missing)
     grid = (triton.cdiv(count, _READS),)
@@ -121,7 +123,7 @@ def _ask(asked, regions, by_space, count, positions, groups, BY_SPACE: tl.conste
     return read, here, tag, which
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _probe(
     asked, regions, by_space, tags, stamps, where, missing, counts, count, positions, groups, epoch,
     REGIONS: tl.constexpr, BY_SPACE: tl.constexpr, READS: tl.constexpr,
@@ -145,7 +147,7 @@ def _probe(
             tl.atomic_add(counts + tl.load(regions + number * _COLUMNS + 6) * _COUNTS, hits)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _claim(
     asked, regions, by_space, rows, tags, stamps, where, keys, targets, owners, missing, counts,
     count, positions, groups, columns, epoch,
@@ -215,7 +217,7 @@ def _take(tag, missed, first, tags, stamps, epoch, READS: tl.constexpr):
     return place, won, evicts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _fill(fetched, targets, owners, records, tags, stamps, words, epoch, WIDTH: tl.constexpr, WORDS: tl.constexpr):
     number = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
     here = number < words
@@ -230,7 +232,7 @@ def _fill(fetched, targets, owners, records, tags, stamps, words, epoch, WIDTH: 
     tl.store(stamps + owner, tl.full([WORDS], 1, tl.int32) * epoch, mask=owns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _collect(where, records, fetched, out, words, WIDTH: tl.constexpr, WORDS: tl.constexpr):
     number = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
     here = number < words
@@ -243,7 +245,7 @@ def _collect(where, records, fetched, out, words, WIDTH: tl.constexpr, WORDS: tl
     tl.store(out + number, value, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _overwrite(asked, regions, by_space, tags, new, records, count, width, READS: tl.constexpr, WORDS: tl.constexpr):
     read, here, tag, which = _ask(asked, regions, by_space, count, 1, 1, True, READS)
     region = regions + which * _COLUMNS
