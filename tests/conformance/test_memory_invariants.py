@@ -94,9 +94,9 @@ def test_one_trajectory_bit_for_bit_behind_caches(
     losses, records, bank = run(placement=stores[where], cache=times * tiny(plain))
     assert losses == expected_losses
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(records, expected, strict=True))
-    for table in bank.tables:
-        store = bank.source(table).store
-        assert isinstance(store, WritableCachedStore) and store.counts()[table.space, 0]["hits"] > 0
+    assert all(isinstance(bank.source(table).store, WritableCachedStore) for table in bank.tables)
+    assert bank.cache_counts().keys() == {(1, 0), (3, 0)} and not plain.cache_counts()
+    assert all(counts["hits"] > 0 for counts in bank.cache_counts().values())
 
 
 @settings(max_examples=15)
@@ -122,6 +122,12 @@ def test_a_memory_is_read_the_same_behind_caches(
         assert mine.touched == theirs.touched
         mine.discard()
         theirs.discard()
+        counts = bank.cache_counts()
+        assert counts.keys() == {(layer, order) for layer in bank.config.layers for order in bank.config.orders}
+        reads = {
+            (layer, order): sum(map(line.get, ("hits", "repeats", "misses"))) for (layer, order), line in counts.items()
+        }
+        assert len(set(reads.values())) == 1  # every order is read as often, whichever tables they are in
         for table in bank.tables:
             row_format = bank.source(table).format
             keys = make_keys(table.space, torch.randperm(table.rows)[:9])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torch_engram.addressing import Addressing, CanonicalVocab, LayerLayout, Lookup
 from torch_engram.config import EngramConfig
-from torch_engram.memory.cached_reads import CachedReads
+from torch_engram.memory.cached_reads import CachedReads, counts_by_order
 from torch_engram.memory.file_tables import IN_PLACE, NEVER_WRITTEN, FileTables, Tables
 from torch_engram.memory.placement import PLACEMENTS, StoreFactory, make_sources, require_known, require_trainable
 from torch_engram.memory.prepared import PreparedLayer
@@ -192,6 +192,13 @@ class MemoryBank:
 
     def _side_stream(self) -> torch.cuda.StreamContext | nullcontext[None]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def cache_counts(self) -> dict[tuple[int, int], dict[str, int]]:
+        """What the cache has counted since the beginning, by (layer, order): ``hits``; ``misses``, which were fetched;
+        ``repeats``, which a miss of the same step had brought; and of the misses ``evictions``, which took another's
+        place, and ``overflow``, which found none. Counted are n-grams; in a bank that trains rows, those of all orders
+        as order 0. Empty without a cache. Waits for the device."""
+        return counts_by_order(self.tables, self._sources)
 
     def settle(self) -> None:
         """Return when the prefetch thread has nothing left to enqueue, so that it leaves the device alone."""

@@ -1,10 +1,12 @@
 """The reads of one table in a memory that is only read, through a cache by n-gram: no row is sorted out or held.
 
-What addressing gives goes in, embeddings come out (:class:`~torch_engram.stores.ngram_cache.NgramCache`).
+What addressing gives goes in, embeddings come out (:class:`~torch_engram.stores.ngram_cache.NgramCache`). And what
+caches have counted, as a bank names it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -15,12 +17,25 @@ from torch_engram.memory.rows import TouchedRows
 from torch_engram.memory.segments import unique_rows
 from torch_engram.memory.source import Source
 from torch_engram.memory.tables import Table
-from torch_engram.stores import Heads, NgramCache
+from torch_engram.stores import CachedStore, Heads, NgramCache
 
 
 def heads_of(table: Table) -> Heads:
     """How a table's rows are read."""
     return Heads(table.space, tuple(len(list(run)) for _, run in groupby(table.orders)), table.first_row)
+
+
+def counts_by_order(tables: Sequence[Table], sources: Sequence[Source]) -> dict[tuple[int, int], dict[str, int]]:
+    """What the caches of some tables have counted, by layer and order; order 0 stands for all of a cache by row."""
+    found: dict[tuple[int, int], Counter[str]] = {}
+    for table, source in zip(tables, sources, strict=True):
+        if isinstance(source.store, CachedStore | NgramCache):
+            orders = sorted(set(table.orders))
+            for (space, number), counts in source.store.counts().items():
+                if space == table.space:
+                    order = orders[number] + 2 if isinstance(source.store, NgramCache) else 0
+                    found.setdefault((table.layer, order), Counter()).update(counts)
+    return {place: dict(counts) for place, counts in found.items()}
 
 
 class CachedReads(TouchedRows):
