@@ -19,11 +19,13 @@ from torch_engram.stores.turns import Turns
 
 
 class Front:
-    """What stands in front of a store and is one itself."""
+    """What stands in front of a store and is one itself. Raises ``ValueError`` for a store that is a cache already."""
 
     grouped = False
 
     def __init__(self, store: Store):
+        if store.grouped:
+            raise ValueError(f"{type(store).__name__} keeps n-grams together by itself: leave out the cache.")
         self.store, self.layout, self.spaces = store, store.layout, store.spaces
 
 
