@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from torch_engram.memory import MemoryBank, Tokens
 from torch_engram.optim import ROW_OPTIMIZERS, RowAdam, RowwiseAdam
-from torch_engram.stores import make_keys
+from torch_engram.stores import WritableCachedStore, WritableStore, make_keys
+from torch_engram.stores.slots import WAYS
 
 Make = Callable[..., MemoryBank]
 Run = Callable[..., list[float]]
@@ -73,12 +74,76 @@ def test_one_trajectory_bit_for_bit(
         assert torch.equal(mine, theirs)
 
 
+def tiny(bank: MemoryBank, parts: int = 1) -> int:
+    """The least budget of a cache in front of a bank like this: one set of entries of ``parts`` rows for each kind."""
+    stores = {id(bank.source(table).store): bank.source(table).store for table in bank.tables}
+    sets = len(bank.tables) * len(bank.config.orders) * len(stores)
+    return sets * WAYS * (parts * max(store.layout.nbytes for store in stores.values()) + 12)
+
+
+@pytest.mark.parametrize("times", [1, 50])
+@pytest.mark.parametrize("where, depth", [("host", 0), ("late-1", 1), ("late-7", 3)])
+def test_one_trajectory_bit_for_bit_behind_caches(
+    make_bank: Make, train: Run, every_record: Records, stores: dict[str, Any], where: str, depth: int, times: int
+) -> None:
+    def run(**options: Any) -> tuple[list[float], list[Tensor], MemoryBank]:
+        bank = make_bank(BY_ORDER, optimizer=lambda p: RowAdam(p, lr=0.05), codec="bf16", **options)
+        return train(bank, adversarial_batches(50), depth), every_record(bank), bank
+
+    expected_losses, expected, plain = run()
+    losses, records, bank = run(placement=stores[where], cache=times * tiny(plain))
+    assert losses == expected_losses
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(records, expected, strict=True))
+    assert all(isinstance(bank.source(table).store, WritableCachedStore) for table in bank.tables)
+    assert bank.cache_counts().keys() == {(1, 0), (3, 0)} and not plain.cache_counts()
+    assert all(counts["hits"] > 0 for counts in bank.cache_counts().values())
+
+
+@settings(max_examples=15)
+@given(
+    st.sampled_from([{}, BY_ORDER, {"row_dim": (3, 3, 2), "max_ngram": 4}, {"scheme": "qwen_ple", "row_multiple": 8}]),
+    st.sampled_from(["fp32", "bf16", "fp16", "fp8", "int8"]), st.sampled_from([1, 50]), st.integers(0, 99),
+)  # fmt: skip
+def test_a_memory_is_read_the_same_behind_caches(
+    make_bank: Make, config: dict[str, Any], codec: str, times: int, seed: int
+) -> None:
+    """And as often as it is written anew."""
+    torch.manual_seed(seed)
+    plain = make_bank(config, codec=codec, dtype=torch.bfloat16)
+    bank = make_bank(config, codec=codec, dtype=torch.bfloat16, placement="host", cache=times * tiny(plain, parts=3))
+    for _ in range(3):
+        shape = (random.randint(1, 3), random.randint(1, 9))
+        live = torch.rand(shape) < 0.7 if random.random() < 0.5 else None
+        tokens = Tokens(torch.randint(2, 40, shape), torch.rand(shape) < 0.2, live)
+        mine, theirs = bank.prefetch(tokens, tokens), plain.prefetch(tokens, tokens)
+        for layer in bank.config.layers:
+            for micro in range(2):
+                assert torch.equal(*(step[micro].wait(layer)["engram"] for step in (mine, theirs)))
+        assert mine.touched == theirs.touched
+        mine.discard()
+        theirs.discard()
+        counts = bank.cache_counts()
+        assert counts.keys() == {(layer, order) for layer in bank.config.layers for order in bank.config.orders}
+        reads = {
+            (layer, order): sum(map(line.get, ("hits", "repeats", "misses"))) for (layer, order), line in counts.items()
+        }
+        assert len(set(reads.values())) == 1  # every order is read as often, whichever tables they are in
+        for table in bank.tables:
+            row_format = bank.source(table).format
+            keys = make_keys(table.space, torch.randperm(table.rows)[:9])
+            planes = {"value": torch.randn(len(keys), table.dim), "count": torch.ones(len(keys), 1)}
+            for one in (bank, plain):
+                store = one.source(table).store
+                assert isinstance(store, WritableStore)
+                store.write(keys, row_format.encode(keys, planes))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("where", ["device", "host"])
 def test_one_trajectory_on_a_gpu_at_any_depth(make_bank: Make, train: Run, every_record: Records, where: str) -> None:
     runs = []
-    for depth in (0, 1, 4):
-        bank = make_bank(BY_ORDER, optimizer=RowAdam, codec="bf16", placement=where, device="cuda")
+    for depth, cache in ((0, None), (1, None), (4, None), (1, "100KB"), (4, "100KB"), (4, "10MB")):
+        bank = make_bank(BY_ORDER, optimizer=RowAdam, codec="bf16", placement=where, device="cuda", cache=cache)
         runs.append((train(bank, adversarial_batches(), depth), every_record(bank)))
     for losses, records in runs[1:]:
         assert losses == runs[0][0]

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from torch_engram.memory import MemoryBank, Tokens
 from torch_engram.optim import RowAdam
-from torch_engram.stores import make_keys
+from torch_engram.stores import make_keys, slots
 
 Make = Callable[..., MemoryBank]
 
@@ -84,6 +85,25 @@ def test_misspelt_names_are_told(make_bank: Make) -> None:
         make_bank(codec="int32")
     with pytest.raises(ValueError, match="no placement 'hosts': did you mean 'host'"):
         make_bank(placement="hosts")
+
+
+@pytest.mark.parametrize("optimizer", [None, RowAdam])
+def test_a_cache_that_cannot_be_is_refused_with_the_mend(
+    make_bank: Make, stores: dict[str, Any], monkeypatch: pytest.MonkeyPatch, optimizer: Any
+) -> None:
+    with pytest.raises(ValueError, match=r"'lots' is no size: write bytes as a whole number, or as in '8GB'"):
+        make_bank(optimizer=optimizer, cache="lots")
+    with pytest.raises(ValueError, match=r"ReadOnlyStore keeps n-grams together by itself: leave out the cache"):
+        make_bank(placement=stores["read-only"], cache="1MB")
+    with pytest.raises(ValueError, match=r"A cache of 1,000 bytes is too small: give [\d,]+ or more"):
+        make_bank(optimizer=optimizer, cache="1KB")
+
+    def full(*args: object, **options: object) -> Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(slots.torch, "full", full)  # what a table asks for first
+    with pytest.raises(ValueError, match=r"cpu has no 8.0 GiB left for a cache: give it less"):
+        make_bank(optimizer=optimizer, cache="8GiB")
 
 
 def test_initial_rows_do_not_depend_on_placement_or_on_who_reads_first(make_bank: Make, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Every store by name."""
+"""Every store by name, alone and behind caches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ import pytest
 import torch
 from disk_ways import WAYS, read_by
 
-from torch_engram.stores import DeviceStore, DiskStore, HostStore, RecordLayout, WritableStore
+from torch_engram.stores import (
+    DeviceStore,
+    DiskStore,
+    HostStore,
+    RecordLayout,
+    WritableCachedStore,
+    WritableStore,
+    slots,
+)
 
 StoreOf = Callable[[RecordLayout, Mapping[int, int]], WritableStore]
 
@@ -17,11 +25,27 @@ STORES = [
     "device", "host",
     pytest.param("device-cuda", marks=pytest.mark.gpu), pytest.param("host-pinned", marks=pytest.mark.gpu),
 ]  # fmt: skip
+ON_GPU = ("device-cuda", "host-pinned")
+
+
+@pytest.fixture(params=["uncached", "tiny", "large"])
+def cache(request: pytest.FixtureRequest) -> str:
+    """How large a cache is in front: tiny has one set for every space."""
+    name: str = request.param
+    return name
 
 
 @pytest.fixture(params=STORES)
-def store_of(request: pytest.FixtureRequest) -> StoreOf:
+def store_of(request: pytest.FixtureRequest, cache: str) -> StoreOf:
     def make(layout: RecordLayout, spaces: Mapping[int, int]) -> WritableStore:
+        store = alone(layout, spaces)
+        if cache == "uncached":
+            return store
+        least = len(spaces) * slots.WAYS * (layout.nbytes + 12)
+        device = "cuda" if request.param in ON_GPU else "cpu"
+        return WritableCachedStore(store, least if cache == "tiny" else 40 * least, device)
+
+    def alone(layout: RecordLayout, spaces: Mapping[int, int]) -> WritableStore:
         match request.param:
             case "device":
                 return DeviceStore(layout, spaces, "cpu")
@@ -38,8 +62,7 @@ def store_of(request: pytest.FixtureRequest) -> StoreOf:
 @pytest.fixture
 def key_device(request: pytest.FixtureRequest) -> torch.device:
     """Where the computing side of the store under test lives."""
-    name = request.node.callspec.params["store_of"]
-    return torch.device("cuda" if name in ("device-cuda", "host-pinned") else "cpu")
+    return torch.device("cuda" if request.node.callspec.params["store_of"] in ON_GPU else "cpu")
 
 
 @pytest.fixture(params=WAYS)

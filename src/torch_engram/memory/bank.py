@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torch_engram.addressing import Addressing, CanonicalVocab, LayerLayout, Lookup
 from torch_engram.config import EngramConfig
+from torch_engram.memory.cached_reads import CachedReads, counts_by_order
 from torch_engram.memory.file_tables import IN_PLACE, NEVER_WRITTEN, FileTables, Tables
 from torch_engram.memory.placement import PLACEMENTS, StoreFactory, make_sources, require_known, require_trainable
 from torch_engram.memory.prepared import PreparedLayer
@@ -33,7 +34,8 @@ class MemoryBank:
     are served and never written to: a file, or a folder of shards, by the layers in the names of its tensors; or for
     every layer its :class:`~torch_engram.stores.named_tables.NamedTable` or (path, name of the tensor). ``placement``:
     where rows live, ``device``, ``host`` or a function that makes a store; those of ``tables`` are loaded there, or
-    with ``disk`` and ``disk-direct`` read where they are, through the page cache or past it. ``codec``: how values are
+    with ``disk`` and ``disk-direct`` read where they are, through the page cache or past it. ``cache``: bytes of
+    ``device`` for rows that were read lately, a number or such as ``"8GB"``; none by default. ``codec``: how values are
     stored, by default fp32, or as the files have them; bf16, and in a bank that is only read also fp16, fp8 or int8.
     ``device``, ``dtype``: of the embeddings, so the backbone's. ``layouts``: a checkpoint's. Raises ``ValueError``
     naming what does not fit, ``OSError`` for a file that cannot be read.
@@ -47,6 +49,7 @@ class MemoryBank:
         optimizer: Callable[[list[nn.Parameter]], RowOptimizer] | None = None,
         tables: Tables | None = None,
         placement: str | StoreFactory = "device",
+        cache: int | str | None = None,
         codec: str | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -64,8 +67,9 @@ class MemoryBank:
         self.optimizer = optimizer(self._proxies) if optimizer is not None else None
         self._sources = make_sources(
             self.tables, [self._format(table) for table in self.tables], make,
-            device=self.device, name=name, trains=optimizer is not None,
+            device=self.device, name=name, trains=optimizer is not None, cache=cache,
         )  # fmt: skip
+        self._reads: type[TouchedRows] = CachedReads if cache is not None and optimizer is None else TouchedRows
         self.saved: tuple[Path, str, tuple[int, ...]] | None = None
         """Where the rows were last saved to or loaded from: folder, digest of its contents, since when stores count."""
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-prefetch")
@@ -170,7 +174,7 @@ class MemoryBank:
         rows: dict[int, list[TouchedRows]] = {layer: [] for layer in layers}
         for table, source in zip(self.tables, self._sources, strict=True):
             if table.layer in rows:
-                rows[table.layer].append(TouchedRows(table, source))
+                rows[table.layer].append(self._reads(table, source))
         fetches = {
             layer: self._worker.submit(self._prepare, layer, tables, lookups, live) for layer, tables in rows.items()
         }
@@ -231,6 +235,13 @@ class MemoryBank:
 
     def _side_stream(self) -> torch.cuda.StreamContext | nullcontext[None]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def cache_counts(self) -> dict[tuple[int, int], dict[str, int]]:
+        """What the cache has counted since the beginning, by (layer, order): ``hits``; ``misses``, which were fetched;
+        ``repeats``, which a miss of the same step had brought; and of the misses ``evictions``, which took another's
+        place, and ``overflow``, which found none. Counted are n-grams; in a bank that trains rows, those of all orders
+        as order 0. Empty without a cache. Waits for the device."""
+        return counts_by_order(self.tables, self._sources)
 
     def settle(self) -> None:
         """Return when the prefetch thread has nothing left to enqueue, so that it leaves the device alone."""

@@ -7,9 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from torch_engram.config import nearest
+from torch_engram.memory.cached_reads import heads_of
 from torch_engram.memory.source import Source
 from torch_engram.memory.tables import Table
-from torch_engram.stores import CODECS, DeviceStore, HostStore, RecordLayout, RowFormat, Store, WritableStore
+from torch_engram.stores import (
+    CODECS,
+    DeviceStore,
+    HostStore,
+    RecordLayout,
+    RowFormat,
+    Store,
+    WritableStore,
+    cached,
+    ngram_cache,
+)
+from torch_engram.stores.budget import byte_count
 
 StoreFactory = Callable[[RecordLayout, Mapping[int, int], torch.device], Store]
 """Makes a store for records, rows by space, and the device of the keys."""
@@ -29,11 +41,14 @@ def make_sources(
     device: torch.device,
     name: str,
     trains: bool,
+    cache: int | str | None = None,
 ) -> list[Source]:
-    """One source a table; tables whose records are alike share a store.
+    """One source a table; tables whose records are alike share a store, and stores share the ``cache`` evenly.
 
-    ``name``: the memory's. Raises ``ValueError`` when its rows do not fit, or are to be trained in a read-only store.
+    ``name``: the memory's. Raises ``ValueError`` when its rows or the cache do not fit, or rows are to be trained in a
+    read-only store.
     """
+    share = None if cache is None else byte_count(cache) // len(set(formats))
     sources: dict[RowFormat, Source] = {}
     for own in formats:
         if own in sources:
@@ -50,8 +65,23 @@ def make_sources(
             ) from error
         if trains and not isinstance(store, WritableStore):
             raise ValueError(f"{type(store).__name__} is read-only: leave out the optimizer, or use another store.")
+        if share is not None:
+            alike = [table for table, other in zip(tables, formats, strict=True) if other == own]
+            store = _behind_cache(store, own, alike, share, device, trains)
         sources[own] = Source(store, own)
     return [sources[own] for own in formats]
+
+
+def _behind_cache(
+    store: Store, row_format: RowFormat, tables: Sequence[Table], budget: int, device: torch.device, trains: bool
+) -> Store:
+    """By row where rows are trained, by n-gram where they are only read."""
+    try:
+        if trains:
+            return cached(store, budget, device)
+        return ngram_cache(store, [heads_of(table) for table in tables], row_format, budget, device)
+    except (MemoryError, RuntimeError) as error:  # a CPU's allocator raises no kind of its own
+        raise ValueError(f"{device} has no {budget / 2**30:,.1f} GiB left for a cache: give it less.") from error
 
 
 def require_known(codec: str, placement: str | StoreFactory) -> None:

@@ -26,8 +26,7 @@ class PreparedLayer:
         self.rows, self._aside = rows, aside
         self._widths = [touched.width for touched in rows]
         self.embeddings = [
-            torch.empty((*shape, sum(self._widths)), dtype=dtype, device=rows[0].keys.device)
-            for shape in rows[0].shapes
+            torch.empty((*shape, sum(self._widths)), dtype=dtype, device=rows[0].device) for shape in rows[0].shapes
         ]
         for micro, embeddings in enumerate(self.embeddings):
             for touched, part in self._parts(embeddings):
@@ -65,7 +64,7 @@ class PreparedLayer:
         stream is done with it. Each stream does so once: what is aside waits for the prefetch, all others for both."""
         if self._done is None:
             return
-        stream = torch.cuda.current_stream(self.rows[0].keys.device)
+        stream = torch.cuda.current_stream(self.rows[0].device)
         if stream not in self._users:
             self._users.add(stream)
             stream.wait_event(self._done)
@@ -89,7 +88,7 @@ class PreparedLayer:
     def join(self) -> None:
         """Let the current stream wait for the merges; from here on the gradients are used there."""
         if self._merged is not None:
-            stream = torch.cuda.current_stream(self.rows[0].keys.device)
+            stream = torch.cuda.current_stream(self.rows[0].device)
             stream.wait_event(self._merged)
             for touched in self.rows:
                 if touched.grad is not None:

@@ -33,6 +33,16 @@ class TouchedRows:
         """Numbers that one position reads from this table."""
         return len(self.table.orders) * self.table.dim
 
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are, once they are fetched."""
+        return self.keys.device
+
+    @property
+    def distinct(self) -> int:
+        """U, once they are fetched."""
+        return len(self.keys)
+
     # -- before the step, perhaps on another thread and stream --------------------------------------------------
 
     def fetch(self, lookups: Sequence[tuple[Tensor, Tensor]], live: Sequence[Tensor | None]) -> None:

@@ -78,7 +78,7 @@ class WorkingSet:
     @property
     def touched(self) -> int:
         """U over all tables: the distinct rows that this step touches. Waits for all of them."""
-        return sum(len(rows.keys) for rows in self._all_rows())
+        return sum(rows.distinct for rows in self._all_rows())
 
     def _require(self, micro: int) -> None:
         if not 0 <= micro < self._micro_batches:

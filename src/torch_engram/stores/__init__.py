@@ -1,5 +1,6 @@
 """Row ids to encoded records: stores, codecs and tables on disk. Knows integers and bytes, no token."""
 
+from torch_engram.stores.cached import CachedStore, WritableCachedStore, cached
 from torch_engram.stores.codecs import CODECS, Codec, Component
 from torch_engram.stores.decoded import DecodedRows
 from torch_engram.stores.device import DeviceStore
@@ -8,29 +9,36 @@ from torch_engram.stores.file_rows import FileRows
 from torch_engram.stores.host import HostStore
 from torch_engram.stores.loaded import LoadedStore
 from torch_engram.stores.manifest import Manifest, planes_of
+from torch_engram.stores.ngram_cache import Heads, NgramCache, ngram_cache
 from torch_engram.stores.parts import check_table, load_table, parts_in, save_table, update_table
 from torch_engram.stores.protocol import Store, WritableStore
 from torch_engram.stores.records import Plane, RecordLayout, RowFormat, make_keys
 
 __all__ = [
     "CODECS",
+    "CachedStore",
     "Codec",
     "Component",
     "DecodedRows",
     "DeviceStore",
     "DiskStore",
     "FileRows",
+    "Heads",
     "HostStore",
     "LoadedStore",
     "Manifest",
+    "NgramCache",
     "Plane",
     "RecordLayout",
     "RowFormat",
     "Store",
+    "WritableCachedStore",
     "WritableStore",
+    "cached",
     "check_table",
     "load_table",
     "make_keys",
+    "ngram_cache",
     "parts_in",
     "planes_of",
     "save_table",

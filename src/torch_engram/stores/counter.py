@@ -25,7 +25,7 @@ MIX1 = _signed(0xBF58476D1CE4E5B9)
 MIX2 = _signed(0x94D049BB133111EB)
 
 
-def _scramble(x: Tensor) -> Tensor:
+def scramble(x: Tensor) -> Tensor:
     """splitmix64's output function on int64 tensors (products wrap; shifts are made logical by a mask)."""
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * MIX1
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * MIX2
@@ -42,11 +42,11 @@ def counter_bits(seed: int, keys: Tensor, draws: Tensor | int, width: int, plane
 
     ``keys``: int64 ``[U]``, space and row in one. ``draws``: int64 ``[U]`` or one number: how often a row has drawn.
     """
-    base = _scramble(keys * GAMMA + seed_term(seed))
-    base = _scramble(base + (_signed(draws * MIX2) if isinstance(draws, int) else draws * MIX2))
+    base = scramble(keys * GAMMA + seed_term(seed))
+    base = scramble(base + (_signed(draws * MIX2) if isinstance(draws, int) else draws * MIX2))
     first = (plane << 32) + 1
     column = torch.arange(first, first + width, device=keys.device, dtype=torch.int64) * GAMMA
-    return _scramble(base[:, None] + column)
+    return scramble(base[:, None] + column)
 
 
 def initial_rows(seed: int, keys: Tensor, width: int, std: float) -> Tensor:

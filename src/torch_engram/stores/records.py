@@ -127,6 +127,17 @@ class RowFormat:
         plane = self.layout.plane("value")
         return CODECS[plane.codec].encode(initial_rows(self.seed, keys, plane.width, self.init_std))
 
+    def with_initial(self, keys: Tensor, records: Tensor) -> Tensor:
+        """``records`` uint8 ``[U, nbytes]``, changed in place: a row that was never written holds its initial value."""
+        names = [plane.name for plane in self.layout.planes]
+        if self.init_std and "count" in names:
+            count = next(field for field in self.layout.fields if field.plane == "count")
+            fresh = (self.layout.view(records, count) == 0).squeeze(1).nonzero().squeeze(1)
+            fields = [field for field in self.layout.fields if field.plane == "value"]
+            for field, part in zip(fields, self.initial(keys[fresh]), strict=True):
+                records[fresh, field.start : field.stop] = part.contiguous().view(torch.uint8)
+        return records
+
     def _initial(self, keys: Tensor) -> Tensor:
         """Initial values, already rounded as the codec stores them, so that writing a row back changes nothing."""
         return CODECS[self.layout.plane("value").codec].decode(self.initial(keys))

@@ -1,0 +1,82 @@
+"""The reads of one table in a memory that is only read, through a cache by n-gram: no row is sorted out or held.
+
+What addressing gives goes in, embeddings come out (:class:`~torch_engram.stores.ngram_cache.NgramCache`). And what
+caches have counted, as a bank names it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from torch_engram.memory.rows import TouchedRows
+from torch_engram.memory.segments import unique_rows
+from torch_engram.memory.source import Source
+from torch_engram.memory.tables import Table
+from torch_engram.stores import CachedStore, Heads, NgramCache
+
+
+def heads_of(table: Table) -> Heads:
+    """How a table's rows are read."""
+    return Heads(table.space, tuple(len(list(run)) for _, run in groupby(table.orders)), table.first_row)
+
+
+def counts_by_order(tables: Sequence[Table], sources: Sequence[Source]) -> dict[tuple[int, int], dict[str, int]]:
+    """What the caches of some tables have counted, by layer and order; order 0 stands for all of a cache by row."""
+    found: dict[tuple[int, int], Counter[str]] = {}
+    for table, source in zip(tables, sources, strict=True):
+        if isinstance(source.store, CachedStore | NgramCache):
+            orders = sorted(set(table.orders))
+            for (space, number), counts in source.store.counts().items():
+                if space == table.space:
+                    order = orders[number] + 2 if isinstance(source.store, NgramCache) else 0
+                    found.setdefault((table.layer, order), Counter()).update(counts)
+    return {place: dict(counts) for place, counts in found.items()}
+
+
+class CachedReads(TouchedRows):
+    """As :class:`TouchedRows`, for a source whose store is an :class:`NgramCache`, and for reading only."""
+
+    def __init__(self, table: Table, source: Source):
+        super().__init__(table, source)
+        self._orders = sorted(set(table.orders))
+
+    def fetch(self, lookups: Sequence[tuple[Tensor, Tensor]], live: Sequence[Tensor | None]) -> None:
+        """Keep what is to be read: every micro-batch's (mixes ``[B, T, N-1]``, rows ``[B, T, C]``) and live mask."""
+        self.shapes = [rows.shape[:2] for _, rows in lookups]
+        self._mixes = [mix[..., self._orders].flatten(0, 1)[None] for mix, _ in lookups]
+        self._rows = [rows[..., self.table.columns].flatten(0, 1)[None] for _, rows in lookups]
+        self._live = [None if mask is None else mask.flatten() for mask in live]
+
+    def expand(self, micro: int, out: Tensor) -> None:
+        """See :meth:`TouchedRows.expand`."""
+        assert isinstance(self.source.store, NgramCache), "reads of n-grams want a cache of n-grams"
+        positions, live = out.view(-1, self.width), self._live[micro]
+        self.source.store.read((self.table.space,), self._mixes[micro], self._rows[micro], positions[None])
+        if live is not None:
+            positions.masked_fill_(~live[:, None], 0)
+
+    @property
+    def device(self) -> torch.device:
+        """See :class:`TouchedRows`."""
+        return self._rows[0].device
+
+    @property
+    def distinct(self) -> int:
+        """See :class:`TouchedRows`."""
+        rows = [part[0] if live is None else part[0, live] for part, live in zip(self._rows, self._live, strict=True)]
+        return len(unique_rows(torch.cat(rows).flatten())[0])
+
+    def catch_up(self, expanded: Sequence[Tensor]) -> None:
+        """Nothing: a memory that is only read has no writes."""
+        self.release()
+
+    def used_on(self, stream: torch.cuda.Stream) -> None:
+        """See :meth:`TouchedRows.used_on`."""
+        for tensor in (*self._rows, *self._live):
+            if tensor is not None:
+                tensor.record_stream(stream)
