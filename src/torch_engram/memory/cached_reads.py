@@ -43,7 +43,7 @@ class CachedReads(TouchedRows):
 
     def __init__(self, table: Table, source: Source):
         super().__init__(table, source)
-        self._orders = sorted(set(table.orders))
+        self._orders = slice(table.orders[0], table.orders[-1] + 1)  # they follow each other, as the columns do
 
     def fetch(self, lookups: Sequence[tuple[Tensor, Tensor]], live: Sequence[Tensor | None]) -> None:
         """Keep what is to be read: every micro-batch's (mixes ``[B, T, N-1]``, rows ``[B, T, C]``) and live mask."""
