@@ -11,7 +11,7 @@ import torch
 from torch_engram.config import nearest
 from torch_engram.memory.placement import PLACEMENTS, StoreFactory, require_codec
 from torch_engram.memory.tables import Table
-from torch_engram.stores import DiskStore, FileRows, LoadedStore, RecordLayout, Store
+from torch_engram.stores import DiskStore, FileRows, LoadedStore, RecordLayout, SharedHostStore, Store
 from torch_engram.stores.named_tables import NamedTable, find_tables, table_named
 from torch_engram.stores.tensor_files import tensors_in
 
@@ -56,7 +56,7 @@ class FileTables:
         rows = {space: self.rows[space] for space in spaces}
         if self._placement in IN_PLACE:
             return DiskStore(rows, direct=IN_PLACE[self._placement])
-        return LoadedStore(rows, layout, device if self._placement == "device" else torch.device("cpu"), device)
+        return SharedHostStore(rows, layout) if self._placement == "host" else LoadedStore(rows, layout, device)
 
 
 def _placements() -> list[str]:

@@ -11,6 +11,7 @@ from torch_engram.stores.manifest import Manifest, planes_of
 from torch_engram.stores.parts import check_table, load_table, parts_in, save_table, update_table
 from torch_engram.stores.protocol import Store, WritableStore
 from torch_engram.stores.records import Plane, RecordLayout, RowFormat, make_keys
+from torch_engram.stores.shared_host import SharedHostStore
 
 __all__ = [
     "CODECS",
@@ -26,6 +27,7 @@ __all__ = [
     "Plane",
     "RecordLayout",
     "RowFormat",
+    "SharedHostStore",
     "Store",
     "WritableStore",
     "check_table",
