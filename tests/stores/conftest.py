@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 import torch
 
-from torch_engram.stores import DeviceStore, HostStore, RecordLayout, WritableStore
+from torch_engram.stores import (
+    DeviceStore,
+    DiskStore,
+    FileRows,
+    HostStore,
+    LoadedStore,
+    RecordLayout,
+    SharedHostStore,
+    Store,
+    WritableStore,
+    shared_memory,
+)  # fmt: skip
 
+ReaderOf = Callable[[Mapping[int, FileRows]], Store]
 StoreOf = Callable[[RecordLayout, Mapping[int, int]], WritableStore]
 
 STORES = [
@@ -38,3 +51,27 @@ def key_device(request: pytest.FixtureRequest) -> torch.device:
     """Where the computing side of the store under test lives."""
     name = request.node.callspec.params["store_of"]
     return torch.device("cuda" if name in ("device-cuda", "host-pinned") else "cpu")
+
+
+READERS = ["disk", "disk-direct", "loaded", "host-shared", "host-own"]
+
+
+@pytest.fixture(params=READERS)
+def reader_of(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ReaderOf:
+    """Every store of tables in files by name."""
+    monkeypatch.setattr(shared_memory, "FOLDERS", (tmp_path,) if request.param == "host-shared" else ())
+
+    def make(tables: Mapping[int, FileRows]) -> Store:
+        layout = next(iter(tables.values())).layout
+        match request.param:
+            case "loaded":
+                return LoadedStore(tables, layout, torch.device("cpu"))
+            case "host-shared":
+                return SharedHostStore(tables, layout)
+            case "host-own":
+                with pytest.warns(UserWarning, match="cannot share"):
+                    return SharedHostStore(tables, layout)
+            case _:
+                return DiskStore(tables, direct=request.param == "disk-direct")
+
+    return make

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import torch
@@ -155,17 +156,17 @@ def _direct(table: RecordTable, device: torch.device, writable: Callable[[], Byt
 
 def _register(owner: object, memory: Bytes, device: torch.device) -> None:
     """Pin memory for as long as ``owner`` lives."""
-    runtime = torch.cuda.cudart()
+    runtime: Any = torch.cuda.cudart()
     refused = int(runtime.cudaHostRegister(memory.ctypes.data, len(memory), 3))  # for all contexts, mapped
     if refused:
         with suppress(RuntimeError):  # the next launch is told of this error, too
             torch.empty(1, device=device).fill_(0)
         raise RuntimeError(f"CUDA error {refused} for {len(memory) / 1e9:,.1f} GB")
-    weakref.finalize(owner, _unregister, memory).atexit = False
+    weakref.finalize(owner, _unregister, runtime, memory).atexit = False
 
 
-def _unregister(memory: Bytes) -> None:
-    torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)
+def _unregister(runtime: Any, memory: Bytes) -> None:
+    runtime.cudaHostUnregister(memory.ctypes.data)
 
 
 def _pinned(shape: tuple[int, int], device: torch.device) -> Tensor:

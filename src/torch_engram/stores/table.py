@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_engram.kernels import use_kernels
 from torch_engram.stores.gather import gather_rows
 from torch_engram.stores.records import ROW_MASK, SPACE_SHIFT, RecordLayout
+from torch_engram.stores.recycled import recycled
 
 
 class RecordTable:
@@ -84,8 +85,8 @@ class RecordTable:
             return gather_triton(self._words, self.bases, keys).view(torch.uint8)
         if keys.is_cuda:
             return self._words.index_select(0, self.index(keys)).view(torch.uint8)
-        out = torch.empty((len(keys), self.layout.nbytes), dtype=torch.uint8)
-        return gather_rows(self.records, self.checked_index(keys), out)
+        index = self.checked_index(keys)
+        return gather_rows(self.records, index, recycled(len(keys), self.layout.nbytes))
 
     def scatter(self, keys: Tensor, records: Tensor) -> None:
         """Replace the records of distinct keys."""
