@@ -1,8 +1,9 @@
 """cpu-fetch-vs-copy: rows per second out of a shared table in host memory, over the rate of copying memory.
 
 A table of random rows is written to disk and opened, as any table in files is. In every round a batch of random
-distinct rows is fetched, and as many consecutive rows of the same table are copied, in two ways, to memory that has been
-used before. The way of copying that is quicker over all rounds is what fetching is measured against, round by round.
+distinct rows is fetched, and as many consecutive rows of the same table are copied, in two ways, to memory that has
+been used before. The way of copying that is quicker over all rounds is what fetching is measured against, round by
+round.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python dev/experiments/host_gather.py [--gigabytes 8] [--rows 1000000 65536]
 
-Every way takes its turn in every round, on rows of its own; a ratio is taken round by round, over the quicker one of
-two ways to copy as many bytes. Rows are distinct; `ascending` is how a bank asks for them, `shuffled` any other order.
+Every way takes its turn in every round; a ratio is taken round by round, over the quicker one of two ways to copy as
+many consecutive rows. Rows are distinct; `ascending` is how a bank asks for them, `shuffled` any other order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch_engram.stores import gather, pages
 from torch_engram.stores.gather import gather_rows
 
-NBYTES, ROUNDS = 256, 15
+NBYTES, ROUNDS = 256, 9
 THREADS = gather.THREADS
 POOL = ThreadPoolExecutor(THREADS)
 Way = Callable[[Tensor, Tensor, Tensor], object]
@@ -54,6 +54,12 @@ def in_threads(way: Way, slices: int = 1) -> Way:
     return run
 
 
+def consecutive(table: Tensor, index: Tensor) -> Tensor:
+    """As many consecutive rows, somewhere in the table."""
+    first = int(index[0]) % (len(table) - len(index))
+    return table[first : first + len(index)]
+
+
 def by_torch(dtype: torch.dtype) -> Way:
     """``index_select`` over words."""
     return lambda table, index, out: torch.index_select(table.view(dtype), 0, index, out=out.view(dtype))
@@ -68,31 +74,29 @@ def by_numpy(kind: str) -> Way:
 
 def touched_first(table: Tensor, index: Tensor, out: Tensor) -> None:
     """A block's first words are read before its rows are copied, so that all of its misses are under way at once."""
-    words = table.view(torch.int64)[:, 0].numpy()
+    words = table.view(torch.int64).view(-1).numpy()
     for start in range(0, len(index), 512):
         part = index[start : start + 512]
-        np.take(words, part.numpy())
+        np.take(words, part.numpy() * (NBYTES // 8), mode="clip")
         by_numpy(f"V{NBYTES}")(table, part, out[start : start + 512])
 
 
+WIDE = lambda table, index, out: (table.view(torch.complex128), index, out.view(torch.complex128))  # noqa: E731
 ITEMS = by_numpy(f"V{NBYTES}")
 WAYS: dict[str, Way] = {
-    "copy: torch": lambda table, index, out: out.copy_(SOURCE[: len(out)]),
-    "copy: threads": in_threads(lambda table, index, out: np.copyto(out.numpy(), SOURCE[: len(out)].numpy())),
+    "copy: torch": lambda table, index, out: out.copy_(consecutive(table, index)),
+    "copy: threads": in_threads(lambda table, index, out: np.copyto(out.numpy(), consecutive(table, index).numpy())),
     "index_select, 8-byte words": by_torch(torch.int64),
     "index_select, 16-byte words": by_torch(torch.complex128),
-    "index_select, threads": in_threads(by_torch(torch.int64)),
+    "index_select, one thread": lambda table, index, out: gather._take(*WIDE(table, index, out), 2048),
     "take, 8-byte words, threads": in_threads(by_numpy("i8")),
-    "take, items, one thread": ITEMS,
+    "take, items": ITEMS,
     "take, items, threads": in_threads(ITEMS),
-    "take, items, threads, 4 slices": in_threads(ITEMS, 4),
-    "take, items, threads, 16 slices": in_threads(ITEMS, 16),
     "take, items, touched first": in_threads(touched_first),
     "sorted first, then put back": lambda table, index, out: _sorted_first(table, index, out),
     "gather_rows": gather_rows,
     "gather_rows into fresh memory": lambda table, index, out: gather_rows(table, index, torch.empty_like(out)),
 }
-SOURCE = torch.empty(0)
 
 
 def _sorted_first(table: Tensor, index: Tensor, out: Tensor) -> None:
@@ -107,17 +111,15 @@ def seconds(way: Way, *arguments: Tensor) -> float:
 
 
 def compare(table: Tensor, rows: int, ascending: bool, what: str) -> None:
-    global SOURCE
-    SOURCE = torch.ones(rows, NBYTES, dtype=torch.uint8)
     out = torch.from_numpy(pages.private_memory(rows * NBYTES)).view(rows, NBYTES)
     out.fill_(0)
     took: dict[str, list[float]] = {name: [] for name in WAYS}
     for _ in range(ROUNDS):
+        index = torch.randint(len(table), (rows + rows // 8,)).unique()
+        index = index[torch.randperm(len(index))[:rows]]
+        if ascending:
+            index = index.sort().values
         for name, way in WAYS.items():
-            index = torch.randint(len(table), (rows + rows // 8,)).unique()
-            index = index[torch.randperm(len(index))[:rows]]
-            if ascending:
-                index = index.sort().values
             took[name].append(seconds(way, table, index, out))
             if not name.startswith("copy") and "fresh" not in name:
                 assert torch.equal(out.view(torch.int64)[:, 0], index)

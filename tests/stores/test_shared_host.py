@@ -124,7 +124,7 @@ def test_rows_are_gathered_by_any_number_of_threads(
     assert torch.equal(found, table[index])
 
 
-def test_a_forked_process_gathers_with_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forked_process_gathers_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gather, "THREADS", 4)
     monkeypatch.setattr(gather, "_ALONE", 1)
     table, index = torch.arange(160, dtype=torch.uint8).view(20, 8), torch.arange(19, -1, -1)

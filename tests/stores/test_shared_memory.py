@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from torch_engram.stores import pages, shared_memory
-from torch_engram.stores.pages import HUGE, Bytes, private_memory
+from torch_engram.stores.pages import HUGE, Bytes, private_memory, require_room
 from torch_engram.stores.shared_memory import NoSharedMemory, Segment, node_memory, remove_left_over
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
@@ -249,8 +249,8 @@ def test_without_memory_to_share_every_process_has_its_own_with_a_warning(
 
 def test_another_users_small_file_is_not_trusted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     user = os.getuid() + 1
-    (folder / f"torch-engram-{user}-a").touch()
     monkeypatch.setattr(os, "getuid", lambda: user)
+    (folder / f"{shared_memory._prefix()}a").touch()
     with pytest.warns(UserWarning, match="belongs to another user"):
         assert is_whole(node_memory("a", SIZE, fill)[0])
 
@@ -280,6 +280,17 @@ def test_memory_is_spread_over_all_nodes(tmp_path: Path, monkeypatch: pytest.Mon
     assert (memory == 5).all()
 
 
-def test_memory_that_the_system_does_not_have_is_refused() -> None:
+def test_memory_that_the_system_does_not_have_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for size in (1 << 50, 1 << 60):
+        with pytest.raises(MemoryError, match=r"GB are wanted and [\d,.]+ are free"):
+            node_memory("a", size, never)
+    for name, content in (("max", "9000000"), ("current", "8000000"), ("stat", "anon 5\ninactive_file 500000")):
+        (tmp_path / f"memory.{name}").write_text(content)
+    monkeypatch.setattr(pages, "_GROUP", tmp_path)
+    require_room(1_500_000)
+    with pytest.raises(MemoryError, match=r"0\.0 GB are wanted and 0\.0 are free"):
+        require_room(1_500_001)
+    (tmp_path / "memory.max").write_text("max\n")
+    require_room(1_500_001)
     with pytest.raises(MemoryError, match="bytes cannot be mapped"):
         private_memory(1 << 60)

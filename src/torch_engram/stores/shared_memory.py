@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from torch_engram.stores.pages import Bytes, allocate_shared, map_shared, private_memory
+from torch_engram.stores.pages import Bytes, allocate_shared, map_shared, private_memory, require_room
 
 FOLDERS = (Path("/dev/shm"), Path(tempfile.gettempdir()))
 """Where the small files are: the first one that is there."""
@@ -39,14 +39,14 @@ class Segment:
     """``size`` bytes that all processes of one user share who ask for the same ``digest``, for as long as this lives.
 
     ``fill`` is called with zeroed bytes when no process holds them yet; others wait until it is done. Raises
-    :class:`NoSharedMemory`, and what ``fill`` raises.
+    :class:`NoSharedMemory`, ``MemoryError`` when there is no room for them, and what ``fill`` raises.
     """
 
     def __init__(self, digest: str, size: int, fill: Callable[[Bytes], None]):
         self.size = size
         with _refusals():
             remove_left_over()
-            path = _folder() / f"{_PREFIX}-{os.getuid()}-{digest}"
+            path = _folder() / f"{_prefix()}{digest}"
             holders = _Holders(path, wait=True)
         try:
             found = holders.open_segment()
@@ -79,6 +79,7 @@ def node_memory(digest: str, size: int, fill: Callable[[Bytes], None]) -> tuple[
             f"Processes cannot share this table ({refusal}): each that opens it keeps {size / 1e9:,.1f} GB of its own.",
             stacklevel=3,
         )
+    require_room(size)
     memory = private_memory(size)
     fill(memory)
     return memory, None
@@ -86,7 +87,7 @@ def node_memory(digest: str, size: int, fill: Callable[[Bytes], None]) -> tuple[
 
 def remove_left_over() -> None:
     """Remove the small files of segments that no process holds any more."""
-    for path in _folder().glob(f"{_PREFIX}-{os.getuid()}-*"):
+    for path in _folder().glob(f"{_prefix()}*"):
         with suppress(OSError):  # in use, or removed by somebody else
             _Holders(path, wait=False).close()
 
@@ -142,6 +143,7 @@ class _Holders:
 
 def _filled(name: str, size: int, fill: Callable[[Bytes], None]) -> int:
     """A descriptor of new memory as ``fill`` fills it."""
+    require_room(size)
     with _refusals():
         descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
@@ -161,6 +163,11 @@ def _let_go(descriptor: int, path: Path) -> None:
     os.close(descriptor)
     with suppress(OSError):  # somebody else opens it right now, or has removed it
         _Holders(path, wait=False).close()
+
+
+def _prefix() -> str:
+    """How the small files begin that this process can make use of: its user's, and of processes that it can see."""
+    return f"{_PREFIX}-{os.getuid()}-{os.stat('/proc/self/ns/pid').st_ino}-"
 
 
 def _folder() -> Path:
