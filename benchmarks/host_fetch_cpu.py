@@ -9,6 +9,7 @@ round.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import tempfile
 import time
@@ -24,12 +25,12 @@ from torch import Tensor
 
 from torch_engram.bench.results import quantiles
 from torch_engram.stores import FileRows, SharedHostStore
-from torch_engram.stores.gather import THREADS
 from torch_engram.stores.named_tables import find_tables
 from torch_engram.stores.recycled import recycled
 from torch_engram.stores.synthetic import synthesise
 from torch_engram.stores.tensor_files import tensors_in
 
+THREADS = len(os.sched_getaffinity(0))
 CLAIM = "cpu-fetch-vs-copy"
 NBYTES, WIDTH = 256, 128
 ROUNDS, BATCHES = 31, (1_048_576, 65_536)
@@ -43,7 +44,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def copy_by_threads(source: Tensor, target: Tensor, pool: ThreadPoolExecutor) -> None:
-    """Copy with as many threads as gather rows."""
+    """Copy with a thread for every core."""
     bounds = [len(source) * part // THREADS for part in range(THREADS + 1)]
     list(pool.map(lambda a, b: np.copyto(target[a:b].numpy(), source[a:b].numpy()), bounds[:-1], bounds[1:]))
 

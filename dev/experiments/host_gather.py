@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_engram.stores import gather, pages
+from torch_engram.stores import pages
 from torch_engram.stores.gather import gather_rows
 
 NBYTES, ROUNDS = 256, 9
-THREADS = gather.THREADS
+THREADS = len(os.sched_getaffinity(0))
 POOL = ThreadPoolExecutor(THREADS)
 Way = Callable[[Tensor, Tensor, Tensor], object]
 
@@ -72,6 +72,12 @@ def by_numpy(kind: str) -> Way:
     )
 
 
+def in_blocks(table: Tensor, index: Tensor, out: Tensor) -> None:
+    """``index_select`` of so few rows at a time that torch does not divide them among its own threads."""
+    for wanted, target in zip(index.split(2048), out.split(2048), strict=True):
+        by_torch(torch.complex128)(table, wanted, target)
+
+
 def touched_first(table: Tensor, index: Tensor, out: Tensor) -> None:
     """A block's first words are read before its rows are copied, so that all of its misses are under way at once."""
     words = table.view(torch.int64).view(-1).numpy()
@@ -81,14 +87,14 @@ def touched_first(table: Tensor, index: Tensor, out: Tensor) -> None:
         by_numpy(f"V{NBYTES}")(table, part, out[start : start + 512])
 
 
-WIDE = lambda table, index, out: (table.view(torch.complex128), index, out.view(torch.complex128))  # noqa: E731
 ITEMS = by_numpy(f"V{NBYTES}")
 WAYS: dict[str, Way] = {
     "copy: torch": lambda table, index, out: out.copy_(consecutive(table, index)),
     "copy: threads": in_threads(lambda table, index, out: np.copyto(out.numpy(), consecutive(table, index).numpy())),
     "index_select, 8-byte words": by_torch(torch.int64),
     "index_select, 16-byte words": by_torch(torch.complex128),
-    "index_select, one thread": lambda table, index, out: gather._take(*WIDE(table, index, out), 2048),
+    "index_select, blocks, one thread": lambda table, index, out: in_blocks(table, index, out),
+    "index_select, blocks, threads": lambda table, index, out: in_threads(in_blocks, 4)(table, index, out),
     "take, 8-byte words, threads": in_threads(by_numpy("i8")),
     "take, items": ITEMS,
     "take, items, threads": in_threads(ITEMS),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from torch_engram.stores import (
     Plane,
     RecordLayout,
     SharedHostStore,
-    gather,
     host_reads,
     make_keys,
     shared_host,
@@ -111,31 +109,14 @@ def test_it_is_filled_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert sum(read) == ROWS and max(read) == 8
 
 
-@given(st.integers(1, 9), st.integers(1, 60), st.integers(0, 5000), st.integers(1, 5), st.integers(1, 4000))
-def test_rows_are_gathered_by_any_number_of_threads(
-    words: int, rows: int, wanted: int, threads: int, alone: int
-) -> None:
+@given(st.integers(1, 9), st.integers(1, 60), st.integers(0, 5000))
+def test_rows_are_gathered_byte_for_byte(words: int, rows: int, wanted: int) -> None:
     table = torch.randint(256, (rows, 8 * words)).to(torch.uint8)
     index = torch.randint(rows, (wanted,))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gather, "THREADS", threads)
-        patch.setattr(gather, "_ALONE", alone)
-        found = gather_rows(table, index, torch.empty(wanted, 8 * words, dtype=torch.uint8))
-    assert torch.equal(found, table[index])
-
-
-def test_a_forked_process_gathers_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather, "THREADS", 4)
-    monkeypatch.setattr(gather, "_ALONE", 1)
-    table, index = torch.arange(160, dtype=torch.uint8).view(20, 8), torch.arange(19, -1, -1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        gather_rows(table, index, torch.empty(20, 8, dtype=torch.uint8))
-        child = os.fork()
-        if not child:
-            found = gather_rows(table, index, torch.empty(20, 8, dtype=torch.uint8))
-            os._exit(not torch.equal(found, table.flip(0)))
-    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(gather_rows(table, index, torch.empty(wanted, 8 * words, dtype=torch.uint8)), table[index])
+    for outside in (-1, rows):
+        with pytest.raises(IndexError):
+            gather_rows(table, torch.tensor([0, outside]), torch.empty(2, 8 * words, dtype=torch.uint8))
 
 
 def test_memory_of_results_is_used_again_only_when_nobody_holds_them() -> None:
@@ -235,6 +216,7 @@ def test_the_gpus_own_reads_give_the_same_rows(runtime_of: Any) -> None:
 def test_few_rows_are_read_by_the_gpu_and_many_are_staged(runtime_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime_of(0)
     monkeypatch.setattr(host_reads, "_measure", lambda *_: 3)
+    monkeypatch.setattr(host_reads, "use_kernels", lambda keys: True)
     table, direct = random_table(), list[int]()
     reads = HostReads(table, CPU, lambda: table.records.numpy().reshape(-1))
     assert reads.staged_from == 3 and reads._direct is not None
@@ -244,6 +226,8 @@ def test_few_rows_are_read_by_the_gpu_and_many_are_staged(runtime_of: Any, monke
         keys = torch.randint(50, (wanted,))
         assert torch.equal(reads.fetch(keys), table.records[keys])
     assert direct == [0, 2]
+    monkeypatch.setattr(host_reads, "use_kernels", lambda keys: False)
+    assert torch.equal(reads.fetch(keys[:1]), table.records[keys[:1]]) and direct == [0, 2]
 
 
 def test_the_ways_are_measured_with_rows_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:

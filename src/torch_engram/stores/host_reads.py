@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torch_engram.kernels import use_kernels
 from torch_engram.stores.gather import gather_rows
 from torch_engram.stores.pages import Bytes
 from torch_engram.stores.records import make_keys
@@ -103,7 +104,7 @@ class HostReads:
 
     def fetch(self, keys: Tensor) -> Tensor:
         """Records uint8 ``[U, nbytes]`` of keys ``[U]`` on the GPU."""
-        if self._direct is not None and len(keys) < self.staged_from:
+        if self._direct is not None and len(keys) < self.staged_from and use_kernels(keys):
             return self._direct.fetch(keys)
         return self._stage(keys)
 
