@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from torch_engram.cli import app
 
 ROOT = Path(__file__).parents[1]
 README, CHINESE, GUIDE = ROOT / "README.md", ROOT / "README.zh.md", ROOT / "docs" / "guide.md"
@@ -34,10 +37,13 @@ def commands(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [README, GUIDE], ids=lambda page: page.name)
-def test_the_python_of_the_pages_runs(page: Path, tmp_path: Path) -> None:
-    """All blocks after each other, as a reader would type them, in an empty folder."""
+def test_the_python_of_the_pages_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks after each other, as a reader would type them, in a folder that holds only the page's tables."""
     code = [content for language, content in blocks(page) if language == "python"]
     assert code, f"{page} shows no Python"
+    monkeypatch.chdir(tmp_path)
+    for line in re.findall(r"^engram (table synth .*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        assert CliRunner().invoke(app, line.split()).exit_code == 0, line
     program = tmp_path / "readme.py"
     code.append("assert loss.isfinite() and step.done and any(param.grad is not None for param in engram.parameters())")
     if page is GUIDE:

@@ -16,7 +16,7 @@ from torch_engram.memory import MemoryBank, open_bank, save_bank
 from torch_engram.optim import RowAdam
 from torch_engram.stores import DiskStore, WritableStore
 from torch_engram.stores.named_tables import find_tables
-from torch_engram.stores.tensor_files import tensors_in
+from torch_engram.stores.tensor_files import encode_header, tensors_in
 
 Make = Callable[..., MemoryBank]
 
@@ -106,6 +106,17 @@ def test_what_cannot_be_done_with_files_is_refused(make_bank: Make, rows: dict[i
     with pytest.raises(ValueError, match=r"Memory 'engram' only reads its tables, .* copy their files"):
         save_bank(make_bank(tables=mixed, codec="fp16"), tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def test_tables_that_do_not_fit_into_memory_are_refused_with_their_size(make_bank: Make, tmp_path: Path) -> None:
+    config = {"layers": (1,), "row_multiple": 2**40}
+    header = encode_header({"table.weight": (torch.bfloat16, (2**40, 4))})
+    with open(tmp_path / "a.safetensors", "wb") as opened:
+        opened.write(header)
+        opened.truncate(len(header) + 2**43)  # holes, which read as zeros
+    assert not any(found.any() for found in embeddings(make_bank(config, tables=tmp_path, placement="disk")))
+    with pytest.raises(ValueError, match=r"The tables take 8,192.0 GiB, which cpu does not have: read them in place"):
+        make_bank(config, tables=tmp_path, placement="host")
 
 
 def test_a_saved_memory_is_opened_as_one(make_bank: Make, tmp_path: Path) -> None:

@@ -56,7 +56,14 @@ class FileTables:
         rows = {space: self.rows[space] for space in spaces}
         if self._placement in IN_PLACE:
             return DiskStore(rows, direct=IN_PLACE[self._placement])
-        return SharedHostStore(rows, layout) if self._placement == "host" else LoadedStore(rows, layout, device)
+        where = device if self._placement == "device" else torch.device("cpu")
+        try:
+            return SharedHostStore(rows, layout) if self._placement == "host" else LoadedStore(rows, layout, device)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            size = sum(table.rows for table in rows.values()) * layout.nbytes / 2**30
+            raise ValueError(
+                f"The tables take {size:,.1f} GiB, which {where} does not have: read them in place (placement='disk')."
+            ) from error
 
 
 def _placements() -> list[str]:

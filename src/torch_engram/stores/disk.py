@@ -26,14 +26,15 @@ from torch_engram.stores.records import ROW_MASK, SPACE_SHIFT
 from torch_engram.stores.row_reads import Int64s, RowReader, ThreadReader
 
 STAGING = 32 << 20
-"""Bytes that a fetch holds beside what it returns."""
+"""Bytes of each buffer that a fetch holds beside what it returns."""
 
 
 class DiskStore:
     """A read-only store of tables in files, by space; their records must be alike.
 
     ``direct``: past the page cache (O_DIRECT); where a file system has none, through it, with a warning. ``staging``:
-    bytes that a fetch may hold beside its result; a larger one goes in pieces. Any thread may fetch, one at a time.
+    bytes of each buffer that a fetch holds beside its result; a larger one goes in pieces. Any thread may fetch, one
+    after the other.
     Raises ``ValueError`` when there is no table, or two have other records.
     """
 
@@ -83,17 +84,22 @@ class DiskStore:
         room = max(1, min(room, self._staging // self.layout.nbytes))
         for start in range(0, len(rows), room):
             part = slice(start, start + room)
+            if order is None and out.device.type == "cpu":
+                self._read(table, places[part], out[part])
+                continue
+            chosen = places[part] if order is None else places[order[part]]
+            staged = torch.empty((len(chosen), self.layout.nbytes), dtype=torch.uint8, pin_memory=out.is_cuda)
+            self._read(table, chosen, staged)
             if order is None:
-                out[part].copy_(self._read(table, places[part], out.device), non_blocking=True)
+                out[part].copy_(staged, non_blocking=True)
             else:
-                found = self._read(table, places[order[part]], out.device).to(out.device, non_blocking=True)
-                out.index_copy_(0, torch.from_numpy(order[part]).to(out.device), found)
+                to = torch.from_numpy(order[part]).to(out.device)
+                out.index_copy_(0, to, staged.to(out.device, non_blocking=True))
 
-    def _read(self, table: FileRows, places: Int64s, device: torch.device) -> Tensor:
-        """Records in host memory of ascending rows in the numbering of the table's columns."""
-        shape = len(places), self.layout.nbytes
-        make = torch.empty if self._gapless else torch.zeros
-        records = make(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    def _read(self, table: FileRows, places: Int64s, records: Tensor) -> None:
+        """Fill ``records`` ``[n, nbytes]`` in host memory with ascending rows, as the table's columns number them."""
+        if not self._gapless:
+            records.zero_()
         used: set[int] = set()
         for column in table.columns:
             number, starts = column.locate(places)
@@ -105,7 +111,6 @@ class DiskStore:
                 records[:, column.field.start : column.field.stop] = target
         for index in used:
             table.files[index].require_unchanged()
-        return records
 
 
 def cached_reader(staging: int) -> RowReader:

@@ -61,6 +61,7 @@ class MapReader:
 
     def _map(self, file: OpenFile) -> Bytes:
         if file not in self._maps:
+            file.require_unchanged()  # of one that was truncated there is no map
             mapped = mmap.mmap(file.descriptor, file.size, mmap.MAP_SHARED, mmap.PROT_READ)
             mapped.madvise(mmap.MADV_RANDOM)
             self._maps[file] = np.frombuffer(mapped, np.uint8)
