@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +13,19 @@ from disk_ways import WAYS, read_by
 from torch_engram.stores import (
     DeviceStore,
     DiskStore,
+    FileRows,
     HostStore,
+    LoadedStore,
     RecordLayout,
+    SharedHostStore,
+    Store,
     WritableCachedStore,
     WritableStore,
+    shared_memory,
     slots,
 )
 
+ReaderOf = Callable[[Mapping[int, FileRows]], Store]
 StoreOf = Callable[[RecordLayout, Mapping[int, int]], WritableStore]
 
 STORES = [
@@ -69,3 +76,27 @@ def key_device(request: pytest.FixtureRequest) -> torch.device:
 def disk_store_of(request: pytest.FixtureRequest) -> Callable[..., DiskStore]:
     """A read-only store of tables in files, in every way that they are read."""
     return partial(read_by, request.param)
+
+
+READERS = ["disk", "disk-direct", "loaded", "host-shared", "host-own"]
+
+
+@pytest.fixture(params=READERS)
+def reader_of(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ReaderOf:
+    """Every store of tables in files by name."""
+    monkeypatch.setattr(shared_memory, "FOLDERS", (tmp_path,) if request.param == "host-shared" else ())
+
+    def make(tables: Mapping[int, FileRows]) -> Store:
+        layout = next(iter(tables.values())).layout
+        match request.param:
+            case "loaded":
+                return LoadedStore(tables, layout, torch.device("cpu"))
+            case "host-shared":
+                return SharedHostStore(tables, layout)
+            case "host-own":
+                with pytest.warns(UserWarning, match="cannot share"):
+                    return SharedHostStore(tables, layout)
+            case _:
+                return DiskStore(tables, direct=request.param == "disk-direct")
+
+    return make

@@ -93,11 +93,10 @@ def test_loaded_tables_are_byte_for_byte_those_of_the_files(
 ) -> None:
     monkeypatch.setattr(loaded, "_CHUNK_ROWS", 64)
     expected = torch.cat([table.read(0, table.rows) for table in on_disk.values()])
-    for where in (torch.device("cpu"), device):
-        store = LoadedStore(on_disk, on_disk[0].layout, where, device)
-        assert isinstance(store, Store) and not isinstance(store, WritableStore)
-        keys = all_keys(store).flip(0).to(device)
-        assert torch.equal(store.fetch(keys).cpu(), expected.flip(0))
+    store = LoadedStore(on_disk, on_disk[0].layout, device)
+    assert isinstance(store, Store) and not isinstance(store, WritableStore)
+    keys = all_keys(store).flip(0).to(device)
+    assert torch.equal(store.fetch(keys).cpu(), expected.flip(0))
 
 
 @few

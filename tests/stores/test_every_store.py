@@ -4,6 +4,7 @@ address."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from torch_engram.stores import CODECS, DeviceStore, Plane, RecordLayout, Store, WritableStore, make_keys
+from torch_engram.stores import CODECS, DeviceStore, FileRows, Plane, RecordLayout, Store, WritableStore, make_keys
+from torch_engram.stores.named_tables import find_tables
+from torch_engram.stores.synthetic import synthesise
+from torch_engram.stores.tensor_files import tensors_in
 
+ReaderOf = Callable[[Mapping[int, FileRows]], Store]
 StoreOf = Callable[[RecordLayout, Mapping[int, int]], WritableStore]
 SPACES = {0: 20, 5: 7, 2: 11}
 WRITES = st.lists(st.tuples(st.sampled_from([0, 2, 5]), st.sets(st.integers(0, 6), min_size=1), st.integers(0, 255)))
@@ -112,3 +117,44 @@ def test_a_failed_write_is_told_at_the_barrier_at_the_latest(
             if not attempt or isinstance(getattr(store, "store", store), DeviceStore):
                 store.write(outside, layout.empty(1))
             store.flush()
+
+
+# -- stores of tables in files -----------------------------------------------------------------------------------------
+
+
+def tables_in(folder: Path, codec: str) -> dict[int, FileRows]:
+    """Tables 0, 5 and 2 of 20, 7 and 11 random rows."""
+    found = {}
+    for space, rows in SPACES.items():
+        synthesise(folder / str(space), "plain", rows, 33, codec, seed=space)
+        (table,) = find_tables(tensors_in(folder / str(space)))
+        found[space] = FileRows.of(table)
+    return found
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "fp16", "fp8", "int8"])
+def test_every_reader_gives_the_bytes_of_the_files(reader_of: ReaderOf, tmp_path: Path, codec: str) -> None:
+    tables = tables_in(tmp_path, codec)
+    store = reader_of(tables)
+    assert isinstance(store, Store) and not isinstance(store, WritableStore)
+    assert dict(store.spaces) == SPACES and store.layout == tables[0].layout
+    keys = all_keys(torch.device("cpu"))
+    every = torch.cat([table.read(0, table.rows) for table in tables.values()])
+    for order in (range(38), range(37, -1, -1), [3, 3, 0, 37, 20, 3], [25], []):
+        wanted = torch.tensor(list(order), dtype=torch.int64)
+        assert torch.equal(store.fetch(keys[wanted]), every[wanted])
+    store.fetch(keys).fill_(9)
+    assert torch.equal(store.fetch(keys), every)
+
+
+@pytest.mark.parametrize(
+    "space, row, what", [(0, 20, "Row 20 "), (2, 11, "Row 11 "), (5, 2**40 - 1, "Row 1,099,511,627,775 "),
+    (1, 0, "no table with number 1 "), (6, 0, "no table with number 6 "), (-1, 5, "no table with number -1 ")],
+)  # fmt: skip
+def test_every_reader_refuses_what_is_not_there(
+    reader_of: ReaderOf, tmp_path: Path, space: int, row: int, what: str
+) -> None:
+    store, outside = reader_of(tables_in(tmp_path, "bf16")), make_keys(space, torch.tensor([row]))
+    for keys in (outside, torch.cat((all_keys(torch.device("cpu")), outside)).sort().values):
+        with pytest.raises(ValueError, match=what):
+            store.fetch(keys)

@@ -11,7 +11,7 @@ import torch
 from torch_engram.config import nearest
 from torch_engram.memory.placement import PLACEMENTS, StoreFactory, require_codec
 from torch_engram.memory.tables import Table
-from torch_engram.stores import DiskStore, FileRows, LoadedStore, RecordLayout, Store
+from torch_engram.stores import DiskStore, FileRows, LoadedStore, RecordLayout, SharedHostStore, Store
 from torch_engram.stores.named_tables import NamedTable, find_tables, table_named
 from torch_engram.stores.tensor_files import tensors_in
 
@@ -58,7 +58,7 @@ class FileTables:
             return DiskStore(rows, direct=IN_PLACE[self._placement])
         where = device if self._placement == "device" else torch.device("cpu")
         try:
-            return LoadedStore(rows, layout, where, device)
+            return SharedHostStore(rows, layout) if self._placement == "host" else LoadedStore(rows, layout, device)
         except (MemoryError, torch.OutOfMemoryError) as error:
             size = sum(table.rows for table in rows.values()) * layout.nbytes / 2**30
             raise ValueError(

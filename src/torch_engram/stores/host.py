@@ -5,6 +5,7 @@ Writes return at once; one thread carries them out in order and acknowledges the
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from torch_engram.stores.host_reads import HostReads
 from torch_engram.stores.records import RecordLayout
 from torch_engram.stores.table import RecordTable, TableStore
 
@@ -27,6 +29,8 @@ class HostStore(TableStore):
         super().__init__(RecordTable(layout, spaces, torch.device("cpu"), pinned=self._pinned))
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engram-host-writer")
         self._pending: deque[Future[None]] = deque()
+        self._reads: dict[torch.device, HostReads] = {}
+        self._lock = threading.Lock()
         self._epoch = 0
         self._acknowledged = 0
 
@@ -38,10 +42,12 @@ class HostStore(TableStore):
     def fetch(self, keys: Tensor, group: Tensor | None = None) -> Tensor:
         """See :class:`~torch_engram.stores.protocol.Store`. A row that a pending write is changing may come back
         torn; its write is not acknowledged, so the reader patches it."""
-        records = self.table.gather(keys.cpu())
         if keys.device.type == "cpu":
-            return records
-        return records.pin_memory().to(keys.device, non_blocking=True)
+            return self.table.gather(keys)
+        with self._lock:
+            if keys.device not in self._reads:
+                self._reads[keys.device] = HostReads(self.table, keys.device)
+        return self._reads[keys.device].fetch(keys)
 
     def write(self, keys: Tensor, records: Tensor) -> int:
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""

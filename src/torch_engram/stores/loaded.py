@@ -1,4 +1,4 @@
-"""Rows of tables in files, loaded into memory: a read-only store on the device, or on the host."""
+"""Rows of tables in files, loaded into the memory of the device that computes: a read-only store."""
 
 from __future__ import annotations
 
@@ -18,17 +18,15 @@ _CHUNK_ROWS = 1 << 16
 class LoadedStore:
     """A read-only store of tables in files, by space, loaded in one pass over bounded pieces of them.
 
-    ``layout``: of the records; rows in another codec are encoded again, rounded to nearest. ``where``: the device that
-    holds them, ``reader`` the one that asks; rows on the host are pinned for a GPU. Raises ``OSError`` naming the file
-    that cannot be read.
+    ``layout``: of the records; rows in another codec are encoded again, rounded to nearest. ``device``: the one that
+    holds them and that asks. Raises ``OSError`` naming the file that cannot be read.
     """
 
     grouped = False
 
-    def __init__(self, tables: Mapping[int, FileRows], layout: RecordLayout, where: torch.device, reader: torch.device):
+    def __init__(self, tables: Mapping[int, FileRows], layout: RecordLayout, device: torch.device):
         self.layout, self.spaces = layout, {space: table.rows for space, table in tables.items()}
-        pinned = where.type == "cpu" and reader.type == "cuda"
-        self.table = RecordTable(layout, self.spaces, where, pinned)
+        self.table = RecordTable(layout, self.spaces, device)
         for space, table in tables.items():
             records = self.table.records[self.table.span(space)]
             for first in range(0, table.rows, _CHUNK_ROWS):
@@ -37,9 +35,7 @@ class LoadedStore:
 
     def fetch(self, keys: Tensor, group: Tensor | None = None) -> Tensor:
         """See :class:`~torch_engram.stores.protocol.Store`."""
-        if keys.device.type == self.table.device.type:
-            return self.table.gather(keys)
-        return self.table.gather(keys.cpu()).pin_memory().to(keys.device, non_blocking=True)
+        return self.table.gather(keys)
 
 
 def reencode(records: Tensor, source: RecordLayout, target: RecordLayout) -> Tensor:

@@ -28,21 +28,22 @@ class OpenFile:
         tensors = read_header(path)
         self.descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self.descriptor)
-        self._identity = _identity(os.fstat(self.descriptor))
+        self.identity = _identity(os.fstat(self.descriptor))
+        """Device, inode, bytes and time of the last change: those of another file, or of other content, differ."""
         self.tensors: dict[str, TensorPlace] = read_header(path)
         """What its header says."""
-        if self.tensors != tensors or _identity(os.stat(path)) != self._identity:
+        if self.tensors != tensors or _identity(os.stat(path)) != self.identity:
             raise ValueError(f"{path} was replaced while it was opened: open it again when it is whole.")
 
     @property
     def size(self) -> int:
         """Its bytes."""
-        return self._identity[2]
+        return self.identity[2]
 
     def require_unchanged(self) -> None:
         """Call after every read: raises ``OSError`` naming the file when it was truncated or written to since it was
         opened, so that what was read may not be its rows."""
-        if _identity(os.fstat(self.descriptor)) != self._identity:
+        if _identity(os.fstat(self.descriptor)) != self.identity:
             raise OSError(
                 f"{self.path} was changed while it was in use: put the whole file back under its name by a rename, and "
                 "open the table again."

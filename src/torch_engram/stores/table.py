@@ -10,49 +10,90 @@ import torch
 from torch import Tensor
 
 from torch_engram.kernels import use_kernels
+from torch_engram.stores.gather import gather_rows
 from torch_engram.stores.records import ROW_MASK, SPACE_SHIFT, RecordLayout
+from torch_engram.stores.recycled import recycled
 
 
 class RecordTable:
     """Records of every row of ``spaces`` (space → rows), zeroed, in one allocation on ``device``.
 
-    Unpinned CPU memory is mapped at first touch, so a table of any size costs nothing until it is used.
+    Unpinned CPU memory is mapped at first touch, so a table of any size costs nothing until it is used. ``records``:
+    memory that holds the rows already, uint8 ``[rows, nbytes]`` on ``device``.
     """
 
-    def __init__(self, layout: RecordLayout, spaces: Mapping[int, int], device: torch.device, pinned: bool = False):
+    def __init__(
+        self,
+        layout: RecordLayout,
+        spaces: Mapping[int, int],
+        device: torch.device,
+        pinned: bool = False,
+        records: Tensor | None = None,
+    ):
         self.layout, self.spaces, self.device = layout, dict(spaces), device
-        self.records = _zeros((sum(spaces.values()), layout.nbytes), device, pinned)
+        shape = (sum(spaces.values()), layout.nbytes)
+        self.records = _zeros(shape, device, pinned) if records is None else records
+        assert self.records.shape == shape
         self._words = self.records.view(torch.int64)  # rows move as 8-byte words
         bases = torch.zeros(max(spaces) + 1, dtype=torch.int64)
         for space, base in zip(spaces, accumulate(spaces.values(), initial=0), strict=False):
             bases[space] = base
-        self._bases = bases.to(device)
+        self.bases = bases.to(device)
+        """Where the rows of every space begin, int64 by its number."""
         self._changed = _zeros((len(self.records),), device)
         self.counts_from = 0
 
     def index(self, keys: Tensor) -> Tensor:
         """Position of every key in the array, int64."""
-        return self._bases[keys >> SPACE_SHIFT] + (keys & ROW_MASK)
+        return self.bases[keys >> SPACE_SHIFT] + (keys & ROW_MASK)
 
     def span(self, space: int) -> slice:
         """Where the rows of one space lie in the array."""
-        start = int(self._bases[space])
+        start = int(self.bases[space])
         return slice(start, start + self.spaces[space])
 
+    def checked_index(self, keys: Tensor) -> Tensor:
+        """:meth:`index` of keys on the CPU. Raises ``ValueError`` naming a row or a space that is not there."""
+        if not len(keys):
+            return keys
+        asked = keys.numpy()  # torch's threads would wait for each other, which takes longer than the work
+        lowest, highest = int(asked.min()), int(asked.max())
+        space = lowest >> SPACE_SHIFT
+        if highest >> SPACE_SHIFT == space:  # the keys of one space differ from its rows by a constant
+            self._require(space, highest & ROW_MASK)
+            return torch.from_numpy(asked + (self.span(space).start - (space << SPACE_SHIFT)))
+        spaces, rows = asked >> SPACE_SHIFT, asked & ROW_MASK
+        for space in np.unique(spaces).tolist():
+            self._require(space, int(rows[spaces == space].max()))
+        return self.index(keys)
+
+    def _require(self, space: int, row: int) -> None:
+        if space not in self.spaces:
+            raise ValueError(f"There is no table with number {space} here: ask for {', '.join(map(str, self.spaces))}.")
+        if row >= self.spaces[space]:
+            raise ValueError(
+                f"Row {row:,} is not in table {space}, which has {self.spaces[space]:,} rows: check that the "
+                "configuration is the table's."
+            )
+
     def gather(self, keys: Tensor) -> Tensor:
-        """Records uint8 ``[U, nbytes]`` of keys ``[U]``, both on the table's device."""
+        """Records uint8 ``[U, nbytes]`` of keys ``[U]``, both on the table's device. On a CPU, raises ``ValueError``
+        naming a row or a space that is not there."""
         if use_kernels(keys):
             from torch_engram.stores.table_kernels import gather_triton
 
-            return gather_triton(self._words, self._bases, keys).view(torch.uint8)
-        return self._words.index_select(0, self.index(keys)).view(torch.uint8)
+            return gather_triton(self._words, self.bases, keys).view(torch.uint8)
+        if keys.is_cuda:
+            return self._words.index_select(0, self.index(keys)).view(torch.uint8)
+        index = self.checked_index(keys)
+        return gather_rows(self.records, index, recycled(len(keys), self.layout.nbytes))
 
     def scatter(self, keys: Tensor, records: Tensor) -> None:
         """Replace the records of distinct keys."""
         if use_kernels(keys):
             from torch_engram.stores.table_kernels import scatter_triton
 
-            scatter_triton(self._words, self._bases, keys, records.view(torch.int64), self._changed)
+            scatter_triton(self._words, self.bases, keys, records.view(torch.int64), self._changed)
             return
         index = self.index(keys)
         self._changed.index_fill_(0, index, 1)

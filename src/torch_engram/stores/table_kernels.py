@@ -6,6 +6,7 @@ record's length, and neighbouring lanes touch neighbouring words. Word numbers a
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,8 +19,11 @@ _MASK, _SHIFT = tl.constexpr(ROW_MASK), tl.constexpr(SPACE_SHIFT)
 
 
 def gather_triton(table: Tensor, bases: Tensor, keys: Tensor) -> Tensor:
-    """Words int64 ``[U, w]`` of keys ``[U]`` from ``table`` ``[rows, w]``; ``bases``: where each space begins in it."""
-    records = table.new_empty(len(keys), table.shape[1])
+    """Words int64 ``[U, w]`` of keys ``[U]`` from ``table`` ``[rows, w]``; ``bases``: where each space begins in it.
+
+    The table may also be host memory that is pinned: its rows then cross the bus as they are read.
+    """
+    records = torch.empty((len(keys), table.shape[1]), dtype=torch.int64, device=keys.device)
     if len(keys):
         _gather[(triton.cdiv(records.numel(), _WORDS),)](
             table, bases, keys, records, records.numel(), WIDTH=table.shape[1], WORDS=_WORDS

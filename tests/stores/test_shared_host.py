@@ -1,0 +1,257 @@
+"""Tables in host memory that processes share: what they hold, whose they are, and the ways to a GPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torch_engram.stores import (
+    FileRows,
+    Plane,
+    RecordLayout,
+    SharedHostStore,
+    host_reads,
+    make_keys,
+    shared_host,
+    shared_memory,
+)
+from torch_engram.stores.gather import gather_rows
+from torch_engram.stores.host_reads import DirectReads, HostReads, Staging, break_even
+from torch_engram.stores.loaded import reencode
+from torch_engram.stores.named_tables import find_tables
+from torch_engram.stores.recycled import _free, recycled
+from torch_engram.stores.synthetic import synthesise
+from torch_engram.stores.table import RecordTable
+from torch_engram.stores.tensor_files import tensors_in
+
+CPU = torch.device("cpu")
+ROWS = 30
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Small files of a test's own."""
+    monkeypatch.setattr(shared_memory, "FOLDERS", (tmp_path,))
+    return tmp_path
+
+
+def table_in(folder: Path, seed: int = 0, codec: str = "fp8") -> FileRows:
+    if not folder.exists():
+        synthesise(folder, "plain", ROWS, 32, codec, seed=seed)
+    (table,) = find_tables(tensors_in(folder))
+    return FileRows.of(table)
+
+
+def inode(store: SharedHostStore) -> int:
+    assert store.segment is not None
+    return os.fstat(store.segment.descriptor).st_ino
+
+
+def test_what_a_store_holds_decides_which_memory_is_shared(tmp_path: Path) -> None:
+    table = table_in(tmp_path / "a")
+    store = SharedHostStore({0: table}, table.layout)
+    again = table_in(tmp_path / "a")
+    same = SharedHostStore({0: again}, again.layout)
+    bf16 = RecordLayout((Plane("value", 32, "bf16"),))
+    synthesise(tmp_path / "b", "plain", ROWS, 32, "fp8")  # the same bytes in another file
+    others = [SharedHostStore({0: table}, bf16), SharedHostStore({1: table}, table.layout),
+              SharedHostStore({0: table_in(tmp_path / "b")}, table.layout)]  # fmt: skip
+    assert inode(same) == inode(store)
+    assert len({inode(other) for other in (store, *others)}) == 4
+    keys = torch.arange(ROWS)
+    assert torch.equal(others[0].fetch(keys), reencode(table.read(0, ROWS), table.layout, bf16))
+    assert torch.equal(others[1].fetch(make_keys(1, keys)), table.read(0, ROWS))
+
+
+def test_a_table_that_is_replaced_is_loaded_anew_and_the_old_one_stays_with_who_has_it(tmp_path: Path) -> None:
+    old, new = table_in(tmp_path / "a"), table_in(tmp_path / "b", seed=1)
+    store, keys = SharedHostStore({0: old}, old.layout), torch.arange(ROWS)
+    before = os.stat(old.files[0].path)
+    os.replace(new.files[0].path, old.files[0].path)
+    os.utime(old.files[0].path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    current = table_in(tmp_path / "a")
+    later = SharedHostStore({0: current}, current.layout)
+    assert torch.equal(later.fetch(keys), current.read(0, ROWS))
+    assert torch.equal(store.fetch(keys), old.read(0, ROWS))
+    assert not torch.equal(store.fetch(keys), later.fetch(keys))
+
+
+def test_a_read_error_while_it_is_filled_is_told_and_nothing_is_shared(tmp_path: Path) -> None:
+    table = table_in(tmp_path / "a")
+    path = table.files[0].path
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(OSError, match=r"table-00000\.safetensors was changed while it was in use"):
+        SharedHostStore({0: table}, table.layout)
+    path.write_bytes(whole)
+    table = table_in(tmp_path / "a")
+    assert torch.equal(SharedHostStore({0: table}, table.layout).fetch(torch.arange(ROWS)), table.read(0, ROWS))
+
+
+def test_it_is_filled_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    monkeypatch.setattr(shared_host, "_PIECE", 7 * 48)
+    table, real = table_in(tmp_path / "a"), FileRows.read
+    expected = table.read(0, ROWS)
+    monkeypatch.setattr(FileRows, "read", lambda self, a, b: (read.append(b - a), real(self, a, b))[1])
+    assert table.layout.nbytes == 40 and torch.equal(
+        SharedHostStore({0: table}, table.layout).fetch(torch.arange(ROWS)), expected
+    )
+    assert sum(read) == ROWS and max(read) == 8
+
+
+@given(st.integers(1, 9), st.integers(1, 60), st.integers(0, 5000))
+def test_rows_are_gathered_byte_for_byte(words: int, rows: int, wanted: int) -> None:
+    table = torch.randint(256, (rows, 8 * words)).to(torch.uint8)
+    index = torch.randint(rows, (wanted,))
+    assert torch.equal(gather_rows(table, index, torch.empty(wanted, 8 * words, dtype=torch.uint8)), table[index])
+    for outside in (-1, rows):
+        with pytest.raises(IndexError):
+            gather_rows(table, torch.tensor([0, outside]), torch.empty(2, 8 * words, dtype=torch.uint8))
+
+
+def test_memory_of_results_is_used_again_only_when_nobody_holds_them() -> None:
+    _free.clear()
+    rows = 3 << 20
+    first = recycled(rows, 1)
+    second = recycled(rows, 1)
+    places = {first.data_ptr(), second.data_ptr()}
+    assert len(places) == 2
+    kept, array = first[5:6], second.numpy()
+    kept.fill_(7)
+    array[5] = 9
+    del first, second
+    assert recycled(rows, 1).fill_(1).data_ptr() not in places and kept.item() == 7 and array[5] == 9
+    del kept, array
+    assert {recycled(rows - 1, 1).data_ptr()} < places
+    again = [recycled(rows, 1) for _ in range(5)]
+    assert len({result.data_ptr() for result in again}) == 5
+    again.clear()
+    assert len(_free) == 2 and recycled(1 << 20, 4).shape == (1 << 20, 4)
+    assert recycled(0, 8).shape == (0, 8) and recycled(7, 8).shape == (7, 8)
+
+
+def random_table(rows: int = 50, width: int = 6) -> RecordTable:
+    table = RecordTable(RecordLayout((Plane("value", width, "fp32"),)), {0: rows, 3: 7}, CPU)
+    table.records.random_(256)
+    return table
+
+
+@pytest.mark.parametrize("staging", [1, 24 * 3 * 7, 1 << 20])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_staging_moves_pieces_in_order(monkeypatch: pytest.MonkeyPatch, staging: int, device: str) -> None:
+    monkeypatch.setattr(host_reads, "STAGING", staging)
+    table = random_table()
+    stage = Staging(torch.device(device), table.layout.nbytes)
+    for wanted in (0, 1, 7, 8, 300):
+        index = torch.randint(57, (wanted,))
+        assert torch.equal(stage.fetch(table.records, index).cpu(), table.records[index])
+
+
+@pytest.mark.parametrize("direct, staged, expected", [
+    ([1, 2, 9], [3, 4, 5], 30), ([1, 5, 9], [3, 4, 5], 20), ([4, 5, 9], [3, 4, 5], 10), ([9, 1, 9], [3, 4, 5], 30),
+    ([1, 2, 3], [3, 4, 5], sys.maxsize),
+])  # fmt: skip
+def test_staging_begins_where_it_is_quicker_from_there_on(
+    direct: list[float], staged: list[float], expected: int
+) -> None:
+    assert break_even([10, 20, 30], direct, staged) == expected
+
+
+class Runtime:
+    """CUDA's part that pins memory, which refuses or does nothing."""
+
+    def __init__(self, refusal: int):
+        self.refusal, self.pinned = refusal, list[int]()
+
+    def cudaHostRegister(self, at: int, size: int, flags: int) -> int:
+        self.pinned += [] if self.refusal else [at]
+        return self.refusal
+
+    def cudaHostUnregister(self, at: int) -> int:
+        self.pinned.remove(at)
+        return 0
+
+
+@pytest.fixture
+def runtime_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Runtime]:
+    def make(refusal: int) -> Runtime:
+        runtime = Runtime(refusal)
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+        return runtime
+
+    return make
+
+
+def test_a_table_that_cannot_be_pinned_is_gathered_by_the_cpu_with_a_warning(runtime_of: Any) -> None:
+    runtime_of(2)
+    table, keys = random_table(), torch.tensor([3, 1, 49])
+    with pytest.warns(UserWarning, match=r"cannot be pinned \(CUDA error 2 for 0\.0 GB\): the CPU gathers") as caught:
+        reads = HostReads(table, CPU, lambda: table.records.numpy().reshape(-1))
+    assert len(caught) == 1
+    for _ in range(2):
+        assert torch.equal(reads.fetch(keys), table.records[keys])
+
+
+def test_the_gpus_own_reads_give_the_same_rows(runtime_of: Any) -> None:
+    runtime, table = runtime_of(0), random_table()
+    memory: Any = table.records.numpy().reshape(-1)
+    reads = [DirectReads(table, memory, CPU)]
+    keys = torch.cat((make_keys(3, torch.tensor([6, 0])), torch.tensor([0, 49, 7, 7])))
+    assert torch.equal(reads[0].fetch(keys), table.gather(keys))
+    assert reads[0].fetch(keys[:0]).shape == (0, 24) and runtime.pinned == [memory.ctypes.data]
+    reads.clear()
+    assert not runtime.pinned
+
+
+def test_few_rows_are_read_by_the_gpu_and_many_are_staged(runtime_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime_of(0)
+    monkeypatch.setattr(host_reads, "_measure", lambda *_: 3)
+    monkeypatch.setattr(host_reads, "use_kernels", lambda keys: True)
+    table, direct = random_table(), list[int]()
+    reads = HostReads(table, CPU, lambda: table.records.numpy().reshape(-1))
+    assert reads.staged_from == 3 and reads._direct is not None
+    real = reads._direct.fetch
+    monkeypatch.setattr(reads._direct, "fetch", lambda keys: (direct.append(len(keys)), real(keys))[1])
+    for wanted in (0, 2, 3, 50):
+        keys = torch.randint(50, (wanted,))
+        assert torch.equal(reads.fetch(keys), table.records[keys])
+    assert direct == [0, 2]
+    monkeypatch.setattr(host_reads, "use_kernels", lambda keys: False)
+    assert torch.equal(reads.fetch(keys[:1]), table.records[keys[:1]]) and direct == [0, 2]
+
+
+def test_the_ways_are_measured_with_rows_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(host_reads, "_SIZES", (1, 4, 16))
+    table, sizes = random_table(), set[int]()
+
+    def way(keys: torch.Tensor) -> torch.Tensor:
+        sizes.add(len(keys))
+        return table.gather(keys)
+
+    assert host_reads._measure(table, CPU, way, way) in (1, 4, 16, sys.maxsize)
+    assert sizes == {1, 4, 16}
+    monkeypatch.setattr(host_reads, "_MOST_SECONDS", -1.0)
+    assert host_reads._measure(table, CPU, way, way) == sys.maxsize
+
+
+@pytest.mark.gpu
+def test_a_gpu_gets_the_same_rows_by_both_ways(tmp_path: Path) -> None:
+    table = table_in(tmp_path / "a")
+    store, device = SharedHostStore({0: table}, table.layout), torch.device("cuda")
+    expected = table.read(0, ROWS)
+    store.fetch(torch.arange(ROWS, device=device))
+    for staged_from in (0, sys.maxsize):
+        store._reads_of(torch.device(device)).staged_from = staged_from
+        keys = torch.from_numpy(np.random.default_rng(0).permutation(ROWS)).to(device)
+        assert torch.equal(store.fetch(keys).cpu(), expected[keys.cpu()])
