@@ -12,6 +12,7 @@ import typer
 
 from torch_engram import __version__
 from torch_engram.cli.bench import bench
+from torch_engram.cli.bench_lookup import lookup
 from torch_engram.cli.demo import demo
 from torch_engram.cli.gates import gates
 from torch_engram.cli.recipes import recipes
@@ -47,6 +48,7 @@ def options(
 for verb in (demo, train, recipes, sample, trace, gates):
     app.command()(verb)
 app.add_typer(table)
+bench.command()(lookup)
 app.add_typer(bench)
 
 
