@@ -23,13 +23,13 @@ from torch_engram.train import get_recipe
 from torch_engram.train.build import Text, build_text
 
 _WHAT = (
-    "From token ids on the host until the embeddings of all layers are there, nothing overlapped, text that this bank has "
-    "not read before. GB/s count the rows of every token, though one that several want is read once; distinct is the "
-    "share that is left then."
+    "From token ids on the host until the embeddings of all layers are there, nothing overlapped, text that this bank "
+    "has not read before. GB/s count the rows of every token, though one that several want is read once; distinct is "
+    "the share that is left then."
 )
 _LIMITS = (
-    "The limit is disk-rows for disk-direct, and for disk where pages are dropped; bus-copy for host with a GPU; a gather "
-    "in memory for the rest. A lookup may exceed it, for it reads a row once that many tokens want."
+    "The limit is disk-rows for disk-direct, and for disk where pages are dropped; bus-copy for host with a GPU; a "
+    "gather in memory for the rest. A lookup may exceed it, for it reads a row once that many tokens want."
 )
 _DROPPED = "Before every read the system was told to drop the files' pages: what is read in place comes from the disk."
 _AS_FOUND = "The page cache was left as it was: MB from disk are what it did not have (--cold has it dropped first)."
@@ -77,8 +77,8 @@ class LookupStand:
     ):
         self.tables, self.device, self.cold, self._vocab = dict(tables), device, cold, vocab
         self.config, self._layouts = scaled(config, tables)
-        self._files = {layer: FileRows.of(table) for layer, table in tables.items()}
-        self.limits = {one.case: one for one in limits(list(self._files.values()), device)}
+        self.files = {layer: FileRows.of(table) for layer, table in tables.items()}
+        self.limits = {one.case: one for one in limits(list(self.files.values()), device)}
         """By name; those that this machine has."""
 
     def bank(self, placement: str) -> MemoryBank:
@@ -93,7 +93,7 @@ class LookupStand:
         """Check a placement, then time it. Raises ``ValueError`` for one that is wrong or does not fit into memory."""
         bank = self.bank(placement)
         limit = self.limits.get(limit_of(placement, self.device, self.cold))
-        require_right(bank, self._files, excerpts.sample)
+        require_right(bank, self.files, excerpts.sample)
         return [time_lookups(bank, placement, mode, excerpts, limit, self.cold) for mode in modes]
 
     def describe(self) -> str:

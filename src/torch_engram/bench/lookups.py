@@ -89,20 +89,59 @@ class Excerpts:
 
 
 @dataclass(frozen=True)
+class Read:
+    """What one read took, and what a bank can say of it."""
+
+    microseconds: float
+    distinct: float
+    """Share of its rows that are distinct."""
+    from_disk: float | None
+    """MB that came from the disk; None where the system does not say."""
+
+    @classmethod
+    def take(cls, bank: MemoryBank, tokens: Tokens) -> Read:
+        """From token ids on the host until the embeddings of all layers are there."""
+        before = _bytes_from_disk()
+        _synchronize(bank.device)
+        start = time.perf_counter()
+        rows = bank.prefetch(tokens)
+        for layer in bank.config.layers:
+            rows[0].wait(layer)
+        _synchronize(bank.device)
+        took = 1e6 * (time.perf_counter() - start)
+        after = _bytes_from_disk()
+        distinct = rows.touched / rows_asked(bank, tokens.ids.numel())
+        rows.discard()
+        return cls(took, distinct, None if before is None or after is None else (after - before) / 1e6)
+
+
+@dataclass(frozen=True)
 class LookupTimes:
-    """What the reads of one mode took under one placement; one sample a read."""
+    """What the reads of one mode took under one placement."""
 
     placement: str
     mode: Mode
-    microseconds: list[float]
-    distinct: list[float]
-    """Share of a read's rows that are distinct."""
-    from_disk: list[float] | None
-    """MB that came from the disk; None where the system does not say."""
+    reads: list[Read]
     rows: int
     """Rows that a read asks for: tokens times columns, over all layers."""
     row_bytes: int
     limit: Measurement | None
+
+    @property
+    def microseconds(self) -> list[float]:
+        """Of every read."""
+        return [read.microseconds for read in self.reads]
+
+    @property
+    def distinct(self) -> list[float]:
+        """Share of rows, of every read."""
+        return [read.distinct for read in self.reads]
+
+    @property
+    def from_disk(self) -> list[float] | None:
+        """MB of every read; None where the system does not say."""
+        found = [read.from_disk for read in self.reads if read.from_disk is not None]
+        return found or None
 
     @property
     def p99(self) -> float:
@@ -140,40 +179,28 @@ def time_lookups(
     bank: MemoryBank, placement: str, mode: Mode, excerpts: Excerpts, limit: Measurement | None, cold: bool = False
 ) -> LookupTimes:
     """Time one mode on a bank. ``cold``: what the system keeps of the files in memory is dropped before every read."""
-    history = bank.new_history()
-    stores = {bank.source(table).store for table in bank.tables}
-    times: list[tuple[float, float, float | None]] = []
+    history, reads = bank.new_history(), []
     for ids, doc_start in excerpts.reads(mode):
         if cold:
-            for store in stores:
-                if isinstance(store, DiskStore):
-                    store.drop_pages()
-        times.append(_read(bank, Tokens(ids, doc_start=doc_start, history=history)))
-    took, distinct, from_disk = zip(*times[WARM_UP:], strict=True)
-    layers = len(bank.config.layers)
-    value = bank.source(bank.tables[0]).store.layout.fields
+            drop_pages(bank)
+        reads.append(Read.take(bank, Tokens(ids, doc_start=doc_start, history=history)))
+    fields = bank.source(bank.tables[0]).store.layout.fields
+    row_bytes = sum(field.component.nbytes for field in fields)
     return LookupTimes(
-        placement, mode, list(took), list(distinct), None if None in from_disk else list(from_disk),
-        mode.sequences * mode.length * bank.config.columns * layers,
-        sum(field.component.nbytes for field in value), limit,
-    )  # fmt: skip
+        placement, mode, reads[WARM_UP:], rows_asked(bank, mode.sequences * mode.length), row_bytes, limit
+    )
 
 
-def _read(bank: MemoryBank, tokens: Tokens) -> tuple[float, float, float | None]:
-    """One read: its microseconds, its share of distinct rows, and the MB that came from the disk. What else a bank
-    counts of a read belongs here."""
-    before = _bytes_from_disk()
-    _synchronize(bank.device)
-    start = time.perf_counter()
-    rows = bank.prefetch(tokens)
-    for layer in bank.config.layers:
-        rows[0].wait(layer)
-    _synchronize(bank.device)
-    took = 1e6 * (time.perf_counter() - start)
-    after = _bytes_from_disk()
-    distinct = rows.touched / (tokens.ids.numel() * bank.config.columns * len(bank.config.layers))
-    rows.discard()
-    return took, distinct, None if before is None or after is None else (after - before) / 1e6
+def rows_asked(bank: MemoryBank, tokens: int) -> int:
+    """Rows that so many tokens want, over all layers, duplicates counted."""
+    return tokens * bank.config.columns * len(bank.config.layers)
+
+
+def drop_pages(bank: MemoryBank) -> None:
+    """Let the system forget what it keeps in memory of files that a bank reads in place."""
+    for store in {bank.source(table).store for table in bank.tables}:
+        if isinstance(store, DiskStore):
+            store.drop_pages()
 
 
 def _synchronize(device: torch.device) -> None:
