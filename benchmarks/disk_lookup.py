@@ -9,7 +9,8 @@ told to drop the files' pages before every chunk; so the tables need not be larg
 The limit is a plain benchmark in the same run, in turns with the chunks: as many random distinct blocks of 4 KiB as fit
 its buffer, as many under way as the disk takes, nothing done with them. A chunk's rate is the distinct blocks that its
 rows lie in (a block of codes and one of scales for most rows), over its time, from token ids on the host to embeddings.
-Beside it stand the same with blocks that are neighbours counted as one read, and tokens a second.
+Beside it stand the same with blocks that are neighbours counted as one read, distinct rows over the plain reads though
+most rows take two, and tokens a second.
 
     python benchmarks/disk_lookup.py FOLDER
 """
@@ -35,6 +36,8 @@ from torch_engram.stores import FileRows
 from torch_engram.stores.block_reads import BLOCK
 
 CLAIM, ROWS, CHUNK, CHUNKS, READS = "disk-prefill-vs-limit", 16_000_000, 8192, 8, 32_768
+ASKED = CHUNK * 2 * 24
+"""Rows that the tokens of a chunk want, at both layers."""
 PLACEMENTS = ("disk-direct", "disk")
 
 
@@ -86,6 +89,8 @@ def write(limit: list[float], found: list[tuple[int, int]], reads: dict[str, lis
         by_runs = [count / took / plain for count, took, plain in zip(runs, seconds, limit, strict=True)]
         record(CLAIM, f"{placement}-runs", by_runs, "times", reference=1.0, ratio=median(by_runs))
         record(CLAIM, f"{placement}-tokens", [CHUNK / took for took in seconds], "tokens/s")
+        rows = [ASKED * read.distinct / took / plain for read, took, plain in zip(taken, seconds, limit, strict=True)]
+        record(CLAIM, f"{placement}-rows", rows, "times", reference=1.0, ratio=median(rows))
         record(CLAIM, f"{placement}-distinct-rows", [read.distinct for read in taken], "of rows")
         from_disk = [read.from_disk for read in taken if read.from_disk is not None]
         if from_disk:
