@@ -68,7 +68,7 @@ def test_tables_are_kept_and_read_again(engram, tmp_path, text):
     few = (*READS, *text, *out, "--placement", "disk", "--steps", "0")
     done = engram("bench", "lookup", *few, "--preset", "demo", "--codec", "int8", "--rows", "4000", "--keep", str(made))
     assert done.code == 0 and sorted(path.name for path in made.iterdir()) == ["layer-1", "layer-15"], done
-    done = engram("bench", "lookup", *few, "--preset", "demo", "--tables", str(made), "--layer", "15")
+    done = engram("bench", "lookup", *few, "--preset", "demo", "--tables", str(made), "--layers", "15")
     assert done.code == 0, done
     (row, *_) = [row for row in rows_of(tmp_path / "bench" / "lookup.csv") if row["case"] == "delivered"]
     assert row["read"] == "prefill-32" and "layers=15 rows=4000 columns=16 codec=int8 row-bytes=68" in row["settings"]

@@ -36,7 +36,7 @@ def lookup(
         str, typer.Option(help="Whose columns and scheme; scaled to the rows there are.")
     ] = "deepseek-v4.1",
     layers: Annotated[
-        list[int] | None, typer.Option("--layer", metavar="LAYER", help="A layer; repeatable. By default all.")
+        list[int] | None, typer.Option("--layers", metavar="LAYER", help="A layer; repeatable. By default all.")
     ] = None,
     placements: Annotated[
         list[str] | None,
