@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import pytest
 import torch
+from disk_ways import WAYS, read_by
 
-from torch_engram.stores import DeviceStore, HostStore, RecordLayout, WritableStore
+from torch_engram.stores import DeviceStore, DiskStore, HostStore, RecordLayout, WritableStore
 
 StoreOf = Callable[[RecordLayout, Mapping[int, int]], WritableStore]
 
@@ -38,3 +40,9 @@ def key_device(request: pytest.FixtureRequest) -> torch.device:
     """Where the computing side of the store under test lives."""
     name = request.node.callspec.params["store_of"]
     return torch.device("cuda" if name in ("device-cuda", "host-pinned") else "cpu")
+
+
+@pytest.fixture(params=WAYS)
+def disk_store_of(request: pytest.FixtureRequest) -> Callable[..., DiskStore]:
+    """A read-only store of tables in files, in every way that they are read."""
+    return partial(read_by, request.param)
