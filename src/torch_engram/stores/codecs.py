@@ -170,7 +170,7 @@ class Float8:
 
 
 def _widen_e4m3(values: Tensor, codes: Tensor) -> None:
-    """E4M3 to fp32 on a CPU, where PyTorch converts one number after the other.
+    """E4M3 to fp32 on a CPU, by integers: that is quicker there than a cast.
 
     Shifted by 7 the bits of a code are those of an fp16 with an exponent that is 8 too low.
     """
