@@ -87,7 +87,10 @@ def lookup(
     require_writable(out)  # now, and not after all was timed
     there = next(path for path in out.absolute().parents if path.exists())  # /tmp may be memory
     wanted = modes(chunk, chunks, sequences or [1, 512], steps)
-    with console.status("Reading the text") as status, tempfile.TemporaryDirectory(dir=there) as beside:
+    with (
+        console.status("Reading the text") as status,
+        tempfile.TemporaryDirectory(prefix="engram-tables-", dir=there) as beside,
+    ):
         content = read_text(text, tokenizer, cache)
         excerpts = Excerpts(content.files.train, wanted)
         config = config_for(preset, content, layers or [])
