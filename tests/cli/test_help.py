@@ -9,7 +9,10 @@ import pytest
 import typer
 
 VERBS = ("demo", "train", "recipes", "sample", "trace", "gates", "plan", "table", "bench")
-SUBVERBS = (["bench", "ops"], ["bench", "step"], ["table", "info"], ["table", "verify"], ["table", "synth"])
+SUBVERBS = (
+    ["bench", "ops"], ["bench", "step"], ["bench", "lookup"],
+    ["table", "info"], ["table", "verify"], ["table", "synth"], ["table", "convert"],
+)  # fmt: skip
 
 
 def modules_after(code: str) -> str:

@@ -81,6 +81,19 @@ def test_fp8_is_deepseeks() -> None:
     assert CODECS["fp8"].encode(highest)[1].view(torch.uint8).item() == 247
 
 
+@pytest.mark.parametrize("width", [1, 31, 32, 33, 256])
+def test_every_code_of_fp8_with_every_scale_is_decoded_exactly(width: int) -> None:
+    """By PyTorch's own E4M3 and the definition of a scale; more rows than are decoded together, too."""
+    codes = (torch.arange(256 * 256 * width) // 256 % 256).to(torch.uint8).view(-1, width).view(torch.float8_e4m3fn)
+    codes = codes[:: max(1, width // 8)]
+    scale = torch.arange(len(codes) * -(-width // 32)).to(torch.uint8).view(len(codes), -1)
+    factors = (scale.to(torch.int32) << 23).view(torch.float32).repeat_interleave(32, 1)[:, :width]
+    decoded = CODECS["fp8"].decode((codes, scale.view(torch.float8_e8m0fnu)))
+    expected = codes.float() * factors
+    assert torch.equal(decoded.isnan(), expected.isnan())
+    assert torch.equal(decoded.nan_to_num(7.0).view(torch.int32), expected.nan_to_num(7.0).view(torch.int32))
+
+
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
 def test_what_a_scaled_codec_has_not_makes_nan_of_all_that_shares_its_scale(number: float) -> None:
     rows = torch.ones(2, 40)

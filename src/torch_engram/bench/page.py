@@ -7,14 +7,27 @@ from html import escape
 
 from torch_engram.analysis.charts import Series, bar_groups, legend
 from torch_engram.analysis.page import page, percent, section, table
+from torch_engram.bench.lookups import LookupTimes
 from torch_engram.bench.ops import OPS, Sizes, Timed
-from torch_engram.bench.results import device_name, quantiles, versions
+from torch_engram.bench.results import Measurement, device_name, quantiles, versions
 from torch_engram.bench.steps import StepTimes
 from torch_engram.bench.timing import median
 
 _LIMIT, _OURS, _AGAINST = 0, 1, 2
 """Colours."""
 OPS_HEAD = ("p20", "p50", "p80", "limit", "times it")
+LOOKUP_HEAD = ("p20", "p50", "p80", "p99", "M rows/s", "GB/s", "limit", "of it", "distinct", "MB from disk")
+LIMITS = {
+    "memory-copy": "a copy in the host's memory, read and written both counted",
+    "memory-gather": "random rows out of the host's memory",
+    "bus-copy": "pinned memory to the GPU",
+    "gpu-copy": "a copy in the GPU's memory, read and written both counted",
+    "gpu-gather": "random rows out of the GPU's memory",
+    "disk-4k": "random blocks of 4 KiB past the page cache",
+    "disk-4k-reads": "the same in reads a second",
+    "disk-rows": "random rows past the page cache, the rows counted and not their blocks",
+}
+"""What each limit is."""
 STEP_HEAD = ("p20", "p50", "p80", "tokens/s", "MFU", "GiB", "lookups")
 READING = (
     "The limit is what this device could do at best: the bytes that must move, at the rate of a copy, and the matrix "
@@ -32,7 +45,7 @@ def ops_page(timed: Sequence[Timed], sizes: Sizes, against: str | None) -> str:
         for label, color in entries
     ]
     names = [f"{one.name}: {one.ratio:.2f} times the limit" for one in timed]
-    chart = bar_groups(series, names, title="Each group to its own scale", show=milliseconds_text)
+    chart = bar_groups(series, names, title="Each group to its own scale", show=digits)
     head = ["op", *OPS_HEAD, *([against, "speed-up"] if against else [])]
     rows = [(escape(one.name), op_cells(one, against)) for one in timed]
     counted = [f"{one.name}: {' '.join((OPS[one.name].__doc__ or '').split())}" for one in timed]
@@ -67,9 +80,44 @@ def steps_page(timed: Sequence[StepTimes], settings: str, against: str | None) -
     )
 
 
+def lookup_page(
+    timed: Sequence[LookupTimes], found: Sequence[Measurement], device: str, settings: str, notes: Sequence[str]
+) -> str:
+    """GB/s of every placement and mode beside its limit, then the limits; ``notes`` say how to read them."""
+    names = [f"{one.placement}, {one.mode.name}" for one in timed]
+    limits = [(i, median(list(one.limit.samples))) for i, one in enumerate(timed) if one.limit is not None]
+    entries = [("limit", _LIMIT), ("delivered", _OURS)]
+    delivered = [(i, median(one.delivered)) for i, one in enumerate(timed)]
+    series = [Series(*entry, points) for entry, points in zip(entries, (limits, delivered), strict=True)]
+    chart = bar_groups(series, names, title="GB/s, each group to its own scale", show=digits)
+    rows = [(escape(name), lookup_cells(one)) for name, one in zip(names, timed, strict=True)]
+    body = legend(entries) + f'<div class="charts">{chart}</div>' + table(["read", *LOOKUP_HEAD], rows)
+    of_limits = [(escape(one.case), limit_cells(one)) for one in found]
+    return _page(
+        "Lookups", device, settings,
+        section("Reads, times in microseconds", body, *notes)
+        + section("Limits measured in the same run", table(["limit", "rate", "unit", "what it is"], of_limits)),
+    )  # fmt: skip
+
+
+def lookup_cells(one: LookupTimes) -> list[str]:
+    """Texts for :data:`LOOKUP_HEAD`."""
+    limit = "–" if one.limit is None else digits(median(list(one.limit.samples)))
+    ratio = "–" if one.ratio is None else f"{one.ratio:.2f}"
+    disk = "–" if one.from_disk is None else digits(median(one.from_disk))
+    rates = (digits(median(one.rows_per_second) / 1e6), digits(median(one.delivered)))
+    times = map(digits, (*quantiles(one.microseconds), one.p99))
+    return [*times, *rates, limit, ratio, percent(median(one.distinct)), disk]
+
+
+def limit_cells(one: Measurement) -> list[str]:
+    """Rate, unit and meaning of a limit."""
+    return [digits(one.quantiles[1]), one.unit, LIMITS[one.case]]
+
+
 def op_cells(one: Timed, against: str | None) -> list[str]:
     """Texts for :data:`OPS_HEAD`, then the twin's milliseconds and the speed-up where there is a comparison."""
-    cells = [*map(milliseconds_text, (*quantiles(one.ours), one.limit)), f"{one.ratio:.2f}"]
+    cells = [*map(digits, (*quantiles(one.ours), one.limit)), f"{one.ratio:.2f}"]
     return cells + _compared(one.against, one.speed_up) if against else cells
 
 
@@ -78,7 +126,7 @@ def step_cells(one: StepTimes, against: str | None) -> list[str]:
     memory = "–" if one.run.memory is None else f"{one.run.memory:.1f}"
     exposed = "–" if one.exposed is None else f"{100 * median(one.exposed):.1f} %".replace("-", "−")  # noise may be < 0
     speed, share = f"{median(one.speed):,.0f}", percent(median(one.utilisation))
-    cells = [*map(milliseconds_text, quantiles(one.ours)), speed, share, memory, exposed]
+    cells = [*map(digits, quantiles(one.ours)), speed, share, memory, exposed]
     speed_up = None if one.speed_up is None else median(one.speed_up)
     return cells + _compared(one.against, speed_up) if against else cells
 
@@ -86,12 +134,12 @@ def step_cells(one: StepTimes, against: str | None) -> list[str]:
 def _compared(against: list[float] | None, speed_up: float | None) -> list[str]:
     if against is None or speed_up is None:
         return ["–", "–"]
-    return [milliseconds_text(median(against)), f"{speed_up:.2f}"]
+    return [digits(median(against)), f"{speed_up:.2f}"]
 
 
-def milliseconds_text(ms: float) -> str:
-    """Milliseconds to three digits: 0.106, 2.31, 154."""
-    return f"{ms:.3g}" if ms < 100 else f"{ms:,.0f}"
+def digits(value: float) -> str:
+    """Three digits, more before the point: 0.106, 2.31, 154, 12,345."""
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def _page(title: str, device: str, what: str, body: str) -> str:

@@ -12,6 +12,7 @@ import typer
 
 from torch_engram import __version__
 from torch_engram.cli.bench import bench
+from torch_engram.cli.bench_lookup import lookup
 from torch_engram.cli.demo import demo
 from torch_engram.cli.gates import gates
 from torch_engram.cli.plan import plan
@@ -48,6 +49,7 @@ def options(
 for verb in (demo, train, recipes, sample, trace, gates, plan):
     app.command()(verb)
 app.add_typer(table)
+bench.command()(lookup)
 app.add_typer(bench)
 
 

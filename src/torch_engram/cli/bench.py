@@ -1,4 +1,5 @@
-"""``engram bench``: what the kernels and the training step reach on this machine, against what it could do."""
+"""``engram bench``: what kernels and training steps reach on this machine, against what it could do; lookups are in
+:mod:`torch_engram.cli.bench_lookup`."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from torch_engram.bench.steps import StepTimes
 
 bench = typer.Typer(
-    name="bench", help="Time the kernels, or whole training steps, against this device's own limits.",
+    name="bench", help="Time kernels, training steps or lookups against this machine's own limits.",
     no_args_is_help=True,
 )  # fmt: skip
 
@@ -144,7 +145,7 @@ def step(
 def _ops_table(timed: Sequence[Timed], against: str | None) -> Table:
     from torch_engram.bench.page import OPS_HEAD, op_cells
 
-    return _table(["op", *OPS_HEAD, *([against, "speed-up"] if against else [])], [
+    return text_table(["op", *OPS_HEAD, *([against, "speed-up"] if against else [])], [
         [one.name, *op_cells(one, against)] for one in timed
     ])  # fmt: skip
 
@@ -152,12 +153,13 @@ def _ops_table(timed: Sequence[Timed], against: str | None) -> Table:
 def _step_table(timed: Sequence[StepTimes], against: str | None) -> Table:
     from torch_engram.bench.page import STEP_HEAD, step_cells
 
-    return _table(["recipe", *STEP_HEAD, *([against, "speed-up"] if against else [])], [
+    return text_table(["recipe", *STEP_HEAD, *([against, "speed-up"] if against else [])], [
         [one.recipe.name, *step_cells(one, against)] for one in timed
     ])  # fmt: skip
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table for the console: names on the left, the rest on the right."""
     from rich import box
     from rich.table import Column, Table
 

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_CACHED = 1 << 18
+"""Numbers that a CPU decodes together, so that what is between stays in its cache."""
+
 
 @dataclass(frozen=True)
 class Component:
@@ -144,11 +147,39 @@ class Float8:
         """See :class:`Codec`."""
         codes, scale = components
         factors = self._factors(scale.contiguous().view(torch.uint8))
-        return codes.float() * factors.repeat_interleave(self._BLOCK, dim=1)[:, : codes.shape[1]]
+        values = torch.empty(codes.shape, device=codes.device)
+        together = len(codes) if codes.is_cuda else max(1, _CACHED // max(1, codes.shape[1]))
+        for first in range(0, len(codes), together or 1):
+            part = slice(first, first + together)
+            self._decode_into(values[part], codes[part], factors[part])
+        return values
+
+    def _decode_into(self, values: Tensor, codes: Tensor, factors: Tensor) -> None:
+        if codes.is_cuda:
+            values.copy_(codes)
+        else:
+            _widen_e4m3(values, codes)
+        blocks = codes.shape[1] // self._BLOCK
+        whole = blocks * self._BLOCK
+        values[:, :whole].unflatten(1, (blocks, self._BLOCK)).mul_(factors[:, :blocks, None])
+        values[:, whole:].mul_(factors[:, blocks:])
 
     @staticmethod
     def _factors(scale: Tensor) -> Tensor:
         return (scale.to(torch.int32) << 23).view(torch.float32)
+
+
+def _widen_e4m3(values: Tensor, codes: Tensor) -> None:
+    """E4M3 to fp32 on a CPU, by integers: that is quicker there than a cast.
+
+    Shifted by 7 the bits of a code are those of an fp16 with an exponent that is 8 too low.
+    """
+    bits = codes.view(torch.int8)
+    wide = bits.to(torch.int16)
+    values.copy_(((wide & 0x7F) << 7 | wide & -0x8000).view(torch.float16)).mul_(256)
+    is_nan = bits & 0x7F == 0x7F
+    if is_nan.any():
+        values.masked_fill_(is_nan, torch.nan)
 
 
 class Int8:

@@ -7,6 +7,7 @@ others.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import warnings
@@ -62,6 +63,16 @@ class DiskStore:
         with self._lock:
             records = self._fetch_distinct(distinct, keys.device)
         return records if back is None else records[torch.from_numpy(back).to(keys.device)]
+
+    def drop_pages(self) -> None:
+        """Let the system forget what it keeps of the files in its page cache, as measurements of cold reads want. Linux
+        only; pages that another process has mapped stay."""
+        with self._lock:
+            if isinstance(self._reader, MapReader):
+                self._reader.unmap()
+            for table in self.tables.values():
+                for file in table.files:
+                    os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _fetch_distinct(self, keys: Int64s, device: torch.device) -> Tensor:
         """Records of ascending keys."""

@@ -59,6 +59,10 @@ class MapReader:
         in_parts(self._pool, len(runs), _RUNS_A_CALL, lambda part: self._copy(files, runs, addresses, part))
         target[:] = self._staging[: len(target)]
 
+    def unmap(self) -> None:
+        """Give all maps back, for the system does not drop pages that are mapped."""
+        self._maps.clear()
+
     def _map(self, file: OpenFile) -> Bytes:
         if file not in self._maps:
             file.require_unchanged()  # of one that was truncated there is no map

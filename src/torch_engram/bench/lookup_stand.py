@@ -1,0 +1,111 @@
+"""Where lookups are timed: tables, a preset scaled to them, text, and the limits of this machine, measured first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from torch_engram.addressing import CanonicalVocab
+from torch_engram.bench.limits import limit_of, limits
+from torch_engram.bench.lookup_tables import row_bytes, scaled
+from torch_engram.bench.lookups import Excerpts, LookupTimes, Mode, require_right, time_lookups
+from torch_engram.config import EngramConfig, nearest
+from torch_engram.data.tokenizers import end_token_id
+from torch_engram.memory import MemoryBank
+from torch_engram.memory.file_tables import IN_PLACE
+from torch_engram.memory.placement import PLACEMENTS
+from torch_engram.stores import FileRows
+from torch_engram.stores.named_tables import NamedTable
+from torch_engram.train import get_recipe
+from torch_engram.train.build import Text, build_text
+
+_WHAT = (
+    "From token ids on the host until the embeddings of all layers are there, nothing overlapped, text that this bank "
+    "has not read before. GB/s count the rows of every token, though one that several want is read once; distinct is "
+    "the share that is left then."
+)
+_LIMITS = (
+    "The limit is disk-rows for disk-direct, and for disk where pages are dropped; bus-copy for host with a GPU; a "
+    "gather in memory for the rest. A lookup may exceed it, for it reads a row once that many tokens want."
+)
+_DROPPED = "Before every read the system was told to drop the files' pages: what is read in place comes from the disk."
+_AS_FOUND = "The page cache was left as it was: MB from disk are what it did not have (--cold has it dropped first)."
+
+
+def choose_placements(names: Sequence[str], device: str) -> list[str]:
+    """These placements, or all that differ on ``device``. Raises ``ValueError`` with the nearest name for one that is
+    none."""
+    known = [*IN_PLACE, "host", "device"]
+    assert set(known) == {*IN_PLACE, *PLACEMENTS}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"There is no placement {name!r}: {nearest(name, known)}")
+    return list(dict.fromkeys(names)) or known[: None if device == "cuda" else -1]
+
+
+def read_text(text: str, tokenizer: str | None, cache: Path) -> Text:
+    """A text's tokens, as ``engram train`` reads them. Raises ``ValueError`` naming what is wrong with it."""
+    recipe = replace(get_recipe("small-engram"), data=text, tokenizer=tokenizer, cache=str(cache), seq_len=1)
+    return build_text(recipe)
+
+
+def config_for(preset: str, text: Text, layers: Sequence[int]) -> EngramConfig:
+    """A preset for this text's vocabulary, at ``layers`` or its own."""
+    config = EngramConfig.preset(preset)
+    size = text.vocab.size if config.scheme == "engram" else text.vocab.raw_size
+    pad = config.pad_id if config.pad_id < size else end_token_id(text.tokenizer)
+    chosen = tuple(sorted(set(layers))) or config.layers
+    return replace(config, vocab_size=size, pad_id=pad, layers=chosen)
+
+
+class LookupStand:
+    """``tables``: by layer. ``config``: is scaled to them. ``cold``: pages of the files are dropped before every read.
+
+    Raises ``ValueError`` for tables that do not fit, ``OSError`` for files that cannot be read.
+    """
+
+    def __init__(
+        self,
+        tables: Mapping[int, NamedTable],
+        config: EngramConfig,
+        vocab: CanonicalVocab,
+        device: torch.device,
+        cold: bool = False,
+    ):
+        self.tables, self.device, self.cold, self._vocab = dict(tables), device, cold, vocab
+        self.config, self._layouts = scaled(config, tables)
+        self.files = {layer: FileRows.of(table) for layer, table in tables.items()}
+        self.limits = {one.case: one for one in limits(list(self.files.values()), device)}
+        """By name; those that this machine has."""
+
+    def bank(self, placement: str) -> MemoryBank:
+        """A bank that reads the tables so."""
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        return MemoryBank(
+            self.config, self._vocab, tables=self.tables, placement=placement, device=self.device, dtype=dtype,
+            layouts=self._layouts,
+        )  # fmt: skip
+
+    def time(self, placement: str, modes: Sequence[Mode], excerpts: Excerpts) -> list[LookupTimes]:
+        """Check a placement, then time it. Raises ``ValueError`` for one that is wrong or does not fit into memory."""
+        bank = self.bank(placement)
+        limit = self.limits.get(limit_of(placement, self.device, self.cold))
+        require_right(bank, self.files, excerpts.sample)
+        return [time_lookups(bank, placement, mode, excerpts, limit, self.cold) for mode in modes]
+
+    def describe(self) -> str:
+        """One line for a table."""
+        first = next(iter(self.tables.values()))
+        layers = ",".join(map(str, self.tables))
+        rows = ",".join(f"{table.rows}" for table in self.tables.values())
+        return (
+            f"layers={layers} rows={rows} columns={self.config.columns} codec={first.codec} "
+            f"row-bytes={row_bytes(first.codec, first.width)} pages={'dropped' if self.cold else 'as-found'}"
+        )
+
+    def notes(self) -> list[str]:
+        """How the figures are to be read."""
+        return [_WHAT, _DROPPED if self.cold else _AS_FOUND, _LIMITS]

@@ -1,0 +1,136 @@
+"""``engram bench lookup``: how fast rows come from disk, host or device here, and what this machine could do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from torch_engram.cli.bench import Out, text_table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from torch_engram.bench.lookup_stand import LookupStand
+    from torch_engram.bench.lookups import LookupTimes
+
+
+def lookup(
+    tables: Annotated[
+        Path | None, typer.Option(help="Files of a table; without them, tables of random rows are made.")
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(min=1, max=1 << 40, help="Rows a layer to make; by default 2 GB in all, if there is room."),
+    ] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="fp32, bf16, fp16, fp8 or int8, of rows to make; by default the preset's.")
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Make the tables here and leave them, for --tables; else beside --out and not.")
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(help="Whose columns and scheme; scaled to the rows there are.")
+    ] = "deepseek-v4.1",
+    layers: Annotated[
+        list[int] | None, typer.Option("--layers", metavar="LAYER", help="A layer; repeatable. By default all.")
+    ] = None,
+    placements: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--placement", metavar="NAME", help="disk, disk-direct, host or device; repeatable. By default all."
+        ),
+    ] = None,
+    text: Annotated[str, typer.Option(help="A text file, a folder or the name of a dataset.")] = "demo",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A tokenizer.json, its folder or a model's name; by default trained on the text.")
+    ] = None,
+    cache: Annotated[Path, typer.Option(help="Where the tokenised text is kept.")] = Path("runs/cache"),
+    chunk: Annotated[int, typer.Option(min=2, help="Tokens of a prefill read.")] = 8192,
+    chunks: Annotated[int, typer.Option(min=0, help="Prefill reads that are timed.")] = 12,
+    sequences: Annotated[
+        list[int] | None, typer.Option(min=1, help="Sequences of a decode read; repeatable. By default 1 and 512.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=0, help="Decode reads that are timed, for each number of sequences.")] = 200,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Drop what memory keeps of the files before every read.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; by default cuda where there is one.")] = None,
+    out: Out = Path("engram-bench"),
+) -> None:
+    """Read a table's rows for natural text, prefill and decode: times and rates, against limits of this machine.
+
+    For example: engram bench lookup --tables shards/ --placement disk --placement host --text my_text.txt --cold
+    """
+    import tempfile
+
+    import torch
+    from rich.console import Console
+
+    from torch_engram.bench.lookup_stand import LookupStand, choose_placements, config_for, read_text
+    from torch_engram.bench.lookup_tables import choose_layers, synthesise_layers, tables_at
+    from torch_engram.bench.lookups import Excerpts, modes, require_cold
+    from torch_engram.bench.results import require_writable
+    from torch_engram.train.build import require_device
+
+    console = Console()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    require_device(device)
+    if tables is not None and (rows or codec or keep):
+        raise ValueError("--rows, --codec and --keep are of tables to make: leave them out, or leave out --tables.")
+    if cold:
+        require_cold()
+    chosen = choose_placements(placements or [], device)
+    require_writable(out)  # now, and not after all was timed
+    there = next(path for path in out.absolute().parents if path.exists())  # /tmp may be memory
+    wanted = modes(chunk, chunks, sequences or [1, 512], steps)
+    with (
+        console.status("Reading the text") as status,
+        tempfile.TemporaryDirectory(prefix="engram-tables-", dir=there) as beside,
+    ):
+        content = read_text(text, tokenizer, cache)
+        excerpts = Excerpts(content.files.train, wanted)
+        config = config_for(preset, content, layers or [])
+        if tables is None:
+            status.update("Making tables of random rows")
+            found = synthesise_layers(keep or Path(beside), config, rows, codec)
+        else:
+            found = choose_layers(tables_at(tables, config.layers[0]), layers or [])
+        status.update("Measuring what this machine could do")
+        stand = LookupStand(found, config, content.vocab, torch.device(device), cold)
+        timed = []
+        for placement in chosen:
+            status.update(f"Timing {placement}")
+            timed += stand.time(placement, wanted, excerpts)
+    _show(console, stand, timed)
+    _write(out, stand, timed, f"{stand.describe()} text={text}")
+    console.print(f"Wrote {out / 'lookup.csv'} and {out / 'lookup.html'}.", soft_wrap=True)
+
+
+def _show(console: Console, stand: LookupStand, timed: Sequence[LookupTimes]) -> None:
+    from torch_engram.bench.page import LOOKUP_HEAD, limit_cells, lookup_cells
+
+    console.print(text_table(
+        ["placement", "read", *LOOKUP_HEAD], [[one.placement, one.mode.name, *lookup_cells(one)] for one in timed]
+    ))  # fmt: skip
+    console.print(text_table(["limit", "rate", "unit", "what it is"], [
+        [one.case, *limit_cells(one)] for one in stand.limits.values()
+    ]))  # fmt: skip
+    for note in (f"Microseconds a read. {stand.describe()}.", *stand.notes()):
+        console.print(note, soft_wrap=True)
+
+
+def _write(out: Path, stand: LookupStand, timed: Sequence[LookupTimes], settings: str) -> None:
+    from torch_engram.bench.page import lookup_page
+    from torch_engram.bench.results import write_csv
+    from torch_engram.durable import replacing
+
+    device = stand.device.type
+    rows = [(("limit", "", settings), one) for one in stand.limits.values()]
+    rows += [((one.placement, one.mode.name, settings), measured) for one in timed for measured in one.measurements()]
+    write_csv(out / "lookup.csv", ("placement", "read", "settings"), rows, device)
+    with replacing(out / "lookup.html") as file:
+        file.write(lookup_page(timed, list(stand.limits.values()), device, settings, stand.notes()).encode())
