@@ -11,8 +11,9 @@ from torch_engram.addressing import LayerLayout, layouts
 from torch_engram.config import EngramConfig
 from torch_engram.memory.placement import require_codec
 from torch_engram.stores import CODECS
+from torch_engram.stores.layouts import LAYOUTS
 from torch_engram.stores.named_tables import NamedTable, find_tables
-from torch_engram.stores.synthetic import LAYOUTS, require_fitting, synthesise
+from torch_engram.stores.synthetic import require_fitting, synthesise
 from torch_engram.stores.tensor_files import tensors_in
 
 _LAYER = "layer-"
@@ -31,9 +32,9 @@ def synthesise_layers(
     preset's own. Raises ``ValueError`` naming what does not fit.
     """
     layout = _NATIVE.get(config.fusion, "plain")
-    codec = codec or LAYOUTS[layout].codec
+    codec = codec or LAYOUTS[layout].codecs[0]
     require_codec(codec)
-    if codec != LAYOUTS[layout].codec:
+    if codec != LAYOUTS[layout].codecs[0]:
         layout = "plain"
     width = config.per_order("row_dim")[0]
     rows = rows or _fitting_rows(folder, width, codec, len(config.layers))

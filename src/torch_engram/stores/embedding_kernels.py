@@ -55,7 +55,8 @@ def _e4m3(code):
     bits = code.to(tl.int32)
     size = ((bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1329227995784915872903807060280344576.0
     size = tl.where((bits & 0x7F) == 0x7F, float("nan"), size)
-    return tl.where(bits >= 0x80, -size, size)
+    sign = (bits & 0x80) << 24  # a bit like any other, for a difference from 0 would make 0 of -0
+    return (size.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
