@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from torch_engram.config import nearest
-from torch_engram.memory.placement import PLACEMENTS, StoreFactory, require_codec
+from torch_engram.memory.placement import PLACEMENTS, StoreFactory
 from torch_engram.memory.tables import Table
 from torch_engram.stores import DiskStore, FileRows, LoadedStore, RecordLayout, Store
+from torch_engram.stores.codecs import require_value_codec
 from torch_engram.stores.named_tables import NamedTable, find_tables, table_named
 from torch_engram.stores.tensor_files import tensors_in
 
@@ -42,7 +43,7 @@ class FileTables:
         if codec is None and len(codecs) > 1:
             raise ValueError(f"The tables are in {' and '.join(codecs)}: load all in one, such as codec='bf16'.")
         self.codec = codec or codecs[0]
-        require_codec(self.codec)
+        require_value_codec(self.codec)
         if placement in IN_PLACE and codecs != [self.codec]:
             raise ValueError(
                 f"The tables are in {' and '.join(codecs)}, and rows that are read in place stay so: leave out "
