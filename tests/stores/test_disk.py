@@ -50,7 +50,7 @@ def on_disk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         )
         width = 70 if layout == "plain" else LAYOUTS[layout].width
         shards = 7 if layout == "qwen4exp" else 1
-        synthesise(here, layout, rows, width, codec or LAYOUTS[layout].codec, shards=shards, seed=space)
+        synthesise(here, layout, rows, width, codec or LAYOUTS[layout].codecs[0], shards=shards, seed=space)
         found[space] = tables(here)[0]
     return found
 
