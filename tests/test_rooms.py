@@ -13,6 +13,7 @@ ROOMS = (
     "config",
     "window",
     "durable",
+    "sizes",
     "kernels",
     "data",
     "addressing",

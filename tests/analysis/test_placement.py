@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from torch_engram.addressing import Addressing
 from torch_engram.analysis.hit_rates import WAYS, number_ngrams
-from torch_engram.analysis.machine import Machine, free_disk, free_hbm, free_ram, parse_size
+from torch_engram.analysis.machine import Machine, free_disk, free_hbm, free_ram
 from torch_engram.analysis.placement import Demand, Tables, cost, demands_of_text, demands_shipped, placements
 from torch_engram.config import PRESETS, EngramConfig
 
@@ -108,19 +108,6 @@ def test_a_text_of_one_sentence_over_and_over_is_all_found(make_vocab):
         assert demand.hit_rates == pytest.approx((1, 1), abs=0.02) and demand.step == WAYS[way].tokens
     for demand in demands_of_text(ngrams, tables, 0).values():
         assert demand.hit_rates == (0, 0)
-
-
-@pytest.mark.parametrize(
-    "text, size", [("80GB", 80 * 10**9), ("1.5 TiB", 3 * 2**39), ("0", 0), ("7kib", 7168), ("2B", 2)]
-)
-def test_sizes_are_read(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "8 parrots", "1e9", "8GB of"])
-def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ValueError, match="is no size: write a number and a unit"):
-        parse_size(text)
 
 
 def test_this_machine():

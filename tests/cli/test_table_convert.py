@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
+from numpy.typing import NDArray
 
 from torch_engram.cli import main
 from torch_engram.memory import save_bank
-from torch_engram.stores import convert, steady_files
+from torch_engram.stores import convert
+from torch_engram.stores.open_files import OpenFile
 from torch_engram.stores.synthetic import synthesise
 
 
@@ -37,16 +39,16 @@ class Process:
             time.sleep(0.005)
 
     def _engram(self, arguments: tuple[object, ...], pause: float, limit: int) -> None:
-        read = steady_files.SteadyFile.read
+        read = OpenFile.read_into
 
-        def slowly(file: steady_files.SteadyFile, into: torch.Tensor, start: int) -> None:
+        def slowly(file: OpenFile, at: int, target: NDArray[np.uint8]) -> None:
             self.begun.touch()
             time.sleep(pause)
-            read(file, into, start)
+            read(file, at, target)
 
         with open(self.written, "w") as sys.stdout:
             sys.stderr = sys.stdout
-            steady_files.SteadyFile.read = slowly
+            OpenFile.read_into = slowly
             convert.CHUNK_NUMBERS, convert.STRIDE = 1 << 15, 1 << 17
             if limit:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -138,7 +140,7 @@ def test_sizes_have_units(engram, tmp_path, source, size):
     done = engram("table", "convert", source, tmp_path / "out", "--shard-size", size)
     assert (done.code == 0) == ("B" in size), done
     done = engram("table", "convert", source, tmp_path / "x", "--shard-size", f"{size} bananas")
-    assert done.code == 1 and "bananas' is no size: give a number and kB, MB" in done.err
+    assert done.code == 1 and "bananas' is no size: write bytes as a whole number" in done.err
 
 
 def test_killed_at_random_moments_and_begun_again_it_writes_the_same_files(start, engram, tmp_path, source):
@@ -193,7 +195,9 @@ def test_a_source_that_changes_meanwhile_leaves_no_table(start, engram, tmp_path
                 file.write(file.read(1))
     code, written = process.end()
     name = first.name if change == "replaced" else last.name
-    assert code == 1 and f"{name} was changed or replaced while it was read" in written
+    what = "changed" if change in ("cut off", "written to") else "replaced or removed"
+    assert code == 1 and f"{name} was {what} while it was in use" in written
+    assert written.endswith("anew." if what == "changed" else "when nobody writes it."), written
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.converting").exists()
 
 
@@ -206,6 +210,24 @@ def test_where_nothing_can_be_written_is_said(engram, tmp_path, source):
         tmp_path.chmod(0o500)
         done = engram("table", "convert", source, tmp_path / "out")
         assert done.code == 1 and "Permission denied; check that path" in done.err
+
+
+FEW_FILES = """
+import resource, sys
+from torch_engram.cli import main
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+sys.argv[0] = "engram"
+main()
+"""
+
+
+def test_more_files_than_may_be_open_are_a_sentence(tmp_path: Path) -> None:
+    synthesise(tmp_path / "many", "qwen4exp", 80, 8, "bf16", shards=80)
+    arguments = [sys.executable, "-c", FEW_FILES, "table", "convert", tmp_path / "many", tmp_path / "out"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done
+    assert "safetensors: Too many open files; let the command hold more files open (ulimit -n)." in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["many"]
 
 
 MEASURED = """

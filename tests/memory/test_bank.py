@@ -91,7 +91,9 @@ def test_misspelt_names_are_told(make_bank: Make) -> None:
 def test_a_cache_that_cannot_be_is_refused_with_the_mend(
     make_bank: Make, stores: dict[str, Any], monkeypatch: pytest.MonkeyPatch, optimizer: Any
 ) -> None:
-    with pytest.raises(ValueError, match=r"'lots' is no size: write bytes as a whole number, or as in '8GB'"):
+    with pytest.raises(
+        ValueError, match=r"'lots' is no size: write bytes as a whole number, or with a unit as in '8GB'"
+    ):
         make_bank(optimizer=optimizer, cache="lots")
     with pytest.raises(ValueError, match=r"ReadOnlyStore keeps n-grams together by itself: leave out the cache"):
         make_bank(placement=stores["read-only"], cache="1MB")

@@ -15,9 +15,9 @@ from torch_engram.memory.saved_rows import saved_rows
 from torch_engram.optim import RowAdam
 from torch_engram.stores import make_keys, parts
 from torch_engram.stores.convert import Conversion
+from torch_engram.stores.open_files import ChangedFile
 from torch_engram.stores.row_sources import named_rows
 from torch_engram.stores.shards import Target
-from torch_engram.stores.steady_files import ChangedFile
 
 Make = Callable[..., MemoryBank]
 Run = Callable[..., list[float]]
@@ -86,7 +86,7 @@ def test_a_memory_that_is_damaged_or_saved_over_is_named(tmp_path: Path) -> None
     tables = saved_rows(folder)
     (folder / "memory.json").touch()
     with pytest.raises(ChangedFile, match=r"memory\.json was changed"):
-        tables[0].files[0].require_unchanged()
+        tables[0].require_in_place()
     changes = next(folder.rglob("changes-*"))
     content: dict[str, Any] = load_file(changes)
     save_file(content | {"row": content["row"].flip(0).contiguous()}, changes)
@@ -95,8 +95,10 @@ def test_a_memory_that_is_damaged_or_saved_over_is_named(tmp_path: Path) -> None
             table.read(range(table.rows))
     del content["count"]
     save_file(content, changes)
-    with pytest.raises(ValueError, match=r"changes-.* does not hold 'count' of"):
+    with pytest.raises(
+        ValueError, match=r"changes-.* is not the part that is listed \('count' differs\): use an intact copy"
+    ):
         saved_rows(folder)
     changes.unlink()
-    with pytest.raises(ValueError, match=r"changes-.* cannot be read .*: use an intact copy"):
+    with pytest.raises(ValueError, match=r"changes-.* is no file: use an intact copy"):
         saved_rows(folder)

@@ -31,7 +31,6 @@ from torch_engram.stores import (
     make_keys,
     ngram_cache,
 )
-from torch_engram.stores.budget import byte_count
 from torch_engram.stores.slots import WAYS
 from torch_engram.stores.synthetic import synthesise
 
@@ -278,17 +277,3 @@ def test_an_n_gram_is_fetched_once() -> None:
             assert store.counts()[space, order] == dict(
                 hits=50, repeats=50 - many, misses=many, evictions=0, overflow=0
             )
-
-
-@pytest.mark.parametrize(
-    "size, expected",
-    [("8GB", 8 * 10**9), ("512MiB", 2**29), ("1.5 kb", 1500), (" 7 ", 7), (2**34, 2**34), ("3TiB", 3 * 2**40)],
-)
-def test_sizes(size: int | str, expected: int) -> None:
-    assert byte_count(size) == expected
-
-
-@pytest.mark.parametrize("size", ["", "GB", "8 GBs", "-3MB", "eight", 0, -1, "0.1B", True, 2.5, "1e9", None])
-def test_what_is_no_size_is_refused_with_the_mend(size: Any) -> None:
-    with pytest.raises(ValueError, match="is no size: write bytes as a whole number, or as in '8GB'"):
-        byte_count(size)

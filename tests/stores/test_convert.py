@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from itertools import count
 from pathlib import Path
@@ -21,10 +22,10 @@ from torch_engram.stores import CODECS, convert
 from torch_engram.stores.checksums import read_sums
 from torch_engram.stores.convert import Conversion
 from torch_engram.stores.layouts import components_of
+from torch_engram.stores.open_files import ChangedFile
 from torch_engram.stores.row_sources import named_rows
 from torch_engram.stores.shard_writer import ShardWriter
 from torch_engram.stores.shards import Target
-from torch_engram.stores.steady_files import ChangedFile
 from torch_engram.stores.synthetic import synthesise
 from torch_engram.stores.tensor_files import encode_header, file_size
 
@@ -49,7 +50,7 @@ def rows_of(folder: Path) -> list[tuple[Tensor, ...]]:
             tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
     found = []
     for table in named_rows(folder):
-        names = [name.replace("*", str(number)) for number, name in enumerate([table._table.name] * len(tensors))]
+        names = [name.replace("*", str(number)) for number, name in enumerate([table.table.name] * len(tensors))]
         parts = [list(components_of(name, table.codec, table.width)) for name in dict.fromkeys(names)]
         found.append(
             tuple(
@@ -354,8 +355,25 @@ def test_a_source_that_was_read_and_then_replaced_is_found_at_the_end(tmp_path: 
             (tmp_path / "other").rename(source / "table-00000.safetensors")
 
     conversion = Conversion(source, named_rows(source), tmp_path / "out", Target(shards=4))
-    with pytest.raises(ChangedFile, match=r"table-00000\.safetensors was changed or replaced"):
+    with pytest.raises(ChangedFile, match=r"table-00000\.safetensors was replaced or removed"):
         conversion.run(tell)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_a_source_that_is_replaced_is_found_before_what_was_read_is_noted(tmp_path: Path) -> None:
+    source, told = tmp_path / "source", []
+    synthesise(source, "plain", 4000, 8, "bf16")
+
+    def tell(size: int) -> None:
+        told.append(size)
+        if len(told) == 20:
+            os.replace(shutil.copy(source / "table-00000.safetensors", tmp_path), source / "table-00000.safetensors")
+
+    conversion = Conversion(source, named_rows(source), tmp_path / "out", Target())
+    with pytest.raises(ChangedFile, match=r"table-00000\.safetensors was replaced or removed"):
+        conversion.run(tell)
+    assert sum(told) < conversion.nbytes / 4
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

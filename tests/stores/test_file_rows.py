@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from torch_engram.stores import Manifest, Plane, RecordLayout, save_table, update_table
 from torch_engram.stores.file_rows import FileRows
 from torch_engram.stores.named_tables import NamedTable, find_tables
+from torch_engram.stores.open_files import ChangedFile, TensorFile
 from torch_engram.stores.synthetic import random_component, synthesise
 from torch_engram.stores.tensor_files import encode_header, tensors_in
 
@@ -48,6 +50,7 @@ def test_records_are_the_rows_of_the_files(
     first = data.draw(st.integers(0, rows))
     last = data.draw(st.integers(first, rows))
     assert torch.equal(table.read(first, last), expected[first:last])
+    require_apart(table, first, last)
     for column in table.columns:
         files, starts = column.locate(np.arange(rows))
         for row in (first, last):
@@ -55,6 +58,14 @@ def test_records_are_the_rows_of_the_files(
                 at = int(starts[row])
                 found = table.files[files[row]].path.read_bytes()[at : at + column.nbytes]
                 assert found == bytes(expected[row, column.field.start : column.field.stop].tolist())
+
+
+def require_apart(table: FileRows, first: int, last: int) -> None:
+    """The components apart are those of the records."""
+    records, parts = table.read(first, last), table.read_apart(first, last)
+    for field, part in zip(table.layout.fields, parts, strict=True):
+        assert (part.dtype, part.shape) == (field.component.dtype, (last - first, field.component.width))
+        assert part.is_contiguous() and torch.equal(part.view(torch.uint8), records[:, field.start : field.stop])
 
 
 def test_deepseeks_scales_may_lie_in_another_file(tmp_path: Path) -> None:
@@ -86,6 +97,31 @@ def test_the_newest_record_of_a_saved_row_is_read(
     assert torch.equal(table.read(0, rows), records)
     middle = rows // 2
     assert torch.equal(table.read(middle, rows), records[middle:])
+    require_apart(table, middle, rows)
+
+
+def test_changes_that_list_no_rows_or_others_are_refused_by_name(tmp_path: Path) -> None:
+    records = random_records(COUNTED, 9)
+    manifest = save_table(tmp_path, 9, COUNTED, records.__getitem__)
+    manifest = update_table(tmp_path, manifest, torch.tensor([2, 5, 7]), COUNTED, records.__getitem__)
+    file = tmp_path / manifest.changes[0].file
+    content = load_file(file)
+    for rows in ([5, 2, 7], [2, 2, 7], [-1, 2, 7], [2, 5, 9]):
+        save_file(content | {"row": torch.tensor(rows)}, file)
+        with pytest.raises(ValueError, match=f"{file.name} lists rows out of order: use an intact copy"):
+            FileRows.saved(tmp_path, manifest, COUNTED)
+    del content["row"]
+    save_file(content, file)
+    with pytest.raises(ValueError, match=rf"{file.name} is not the part that is listed \('row' differs\)"):
+        FileRows.saved(tmp_path, manifest, COUNTED)
+
+
+def test_tables_of_one_file_open_it_once(tmp_path: Path) -> None:
+    save_file({f"layers.{n}.weight": torch.full((3, 4), float(n)) for n in (1, 2)}, tmp_path / "both.safetensors")
+    opened: dict[Path, TensorFile] = {}
+    one, two = (FileRows.of(table, opened) for table in find_tables(tensors_in(tmp_path)))
+    assert one.files == two.files == list(opened.values()) and len(opened) == 1
+    assert [table.read_apart(0, 3)[0].unique().item() for table in (one, two)] == [1, 2]
 
 
 def test_addresses_past_2_to_the_31_and_32(tmp_path: Path) -> None:
@@ -132,10 +168,13 @@ def test_what_is_deleted_or_replaced_is_still_read_and_what_is_changed_is_refuse
         synthesise(tmp_path / name, "plain", 30, 8, "fp32", seed=seed)
     table = FileRows.of(named(tmp_path / "table"))
     expected, file = expected_records(table.layout, 30), table.files[0].path
+    table.files[0].require_in_place()
     os.replace(named(tmp_path / "other").files[0], file)
-    assert torch.equal(table.read(0, 30), expected)
-    file.unlink()
-    assert torch.equal(table.read(0, 30), expected)
+    for _ in range(2):
+        assert torch.equal(table.read(0, 30), expected)
+        with pytest.raises(ChangedFile, match=r"table-00000\.safetensors was replaced or removed while it was in use"):
+            table.files[0].require_in_place()
+        file.unlink(missing_ok=True)
 
     synthesise(tmp_path / "again", "plain", 30, 8, "fp32")
     table = FileRows.of(named(tmp_path / "again"))
@@ -144,10 +183,10 @@ def test_what_is_deleted_or_replaced_is_still_read_and_what_is_changed_is_refuse
     with open(file, "r+b") as opened:
         opened.seek(-4, os.SEEK_END)
         opened.write(b"new!")
-    with pytest.raises(OSError, match=r"table-00000\.safetensors was changed while it was in use"):
+    with pytest.raises(ChangedFile, match=r"table-00000\.safetensors was changed while it was in use"):
         table.read(0, 1)
     file.write_bytes(content[:-40])
-    with pytest.raises(OSError, match=r"table-00000\.safetensors was changed while it was in use"):
+    with pytest.raises(ChangedFile, match=r"table-00000\.safetensors was changed while it was in use"):
         table.read(29, 30)
 
 

@@ -11,9 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-_UNITS = {"": 1, "B": 1, **{f"{u}B": 1000**k for k, u in enumerate("KMGT", 1)}}
-_UNITS |= {f"{u}IB": 1024**k for k, u in enumerate("KMGT", 1)}
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -39,14 +36,6 @@ class Machine:
         for name in ("bus", "host_gather", "device_gather", "disk_iops", "disk_latency"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name.replace('_', ' ')} is {getattr(self, name)}: give a number above 0.")
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as ``80GB``, ``1.5TiB`` or ``4096``. Raises ``ValueError`` where it is none."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if found is None or found[2].upper() not in _UNITS:
-        raise ValueError(f"{text!r} is no size: write a number and a unit, such as 80GB or 1.5TiB.")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def free_hbm() -> int:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch_engram.addressing import LayerLayout, layouts
 from torch_engram.config import EngramConfig
-from torch_engram.memory.placement import require_codec
 from torch_engram.stores import CODECS
+from torch_engram.stores.codecs import require_value_codec
 from torch_engram.stores.layouts import LAYOUTS
 from torch_engram.stores.named_tables import NamedTable, find_tables
 from torch_engram.stores.synthetic import require_fitting, synthesise
@@ -33,7 +33,7 @@ def synthesise_layers(
     """
     layout = _NATIVE.get(config.fusion, "plain")
     codec = codec or LAYOUTS[layout].codecs[0]
-    require_codec(codec)
+    require_value_codec(codec)
     if codec != LAYOUTS[layout].codecs[0]:
         layout = "plain"
     width = config.per_order("row_dim")[0]

@@ -70,9 +70,12 @@ def main() -> None:
 
 
 def _sentence(error: ValueError | OSError) -> str:
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError) or error.errno is None:  # the library's own sentence
         return str(error)
     where = f"{error.filename}: " if error.filename else ""
-    full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-    mend = "make room, or choose other folders for what is written" if full else "check that path and its permissions"
+    mend = "check that path and its permissions"
+    if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        mend = "make room, or choose other folders for what is written"
+    elif error.errno == errno.EMFILE:
+        mend = "let the command hold more files open (ulimit -n)"
     return f"{where}{error.strerror or error}; {mend}."

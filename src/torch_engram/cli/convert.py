@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,9 +9,6 @@ import typer
 
 if TYPE_CHECKING:
     from torch_engram.stores.row_sources import RowSource
-
-_UNITS = {"": 1, **{f"{letter}B": 1000**power for power, letter in enumerate(("", "k", "M", "G", "T"))}}
-_UNITS |= {f"{letter}iB": 1024**power for power, letter in enumerate(("K", "M", "G", "T"), start=1)}
 
 
 def convert(
@@ -39,11 +35,12 @@ def convert(
     from rich.filesize import decimal
 
     from torch_engram.cli.progress import amount_bar
+    from torch_engram.sizes import parse_size
     from torch_engram.stores.convert import Conversion
     from torch_engram.stores.shards import Target
 
     tables = _tables(source)
-    target = Target(layout, codec, shards, None if shard_size is None else _bytes(shard_size), layer)
+    target = Target(layout, codec, shards, None if shard_size is None else parse_size(shard_size), layer)
     conversion = Conversion(source, tables, out, target)
     console = Console(highlight=False)
     with amount_bar(console, conversion.nbytes) as tell:
@@ -63,10 +60,3 @@ def _tables(source: Path) -> list[RowSource]:
     from torch_engram.stores.row_sources import named_rows
 
     return [*saved_rows(source)] if is_memory(source) else [*named_rows(source)]
-
-
-def _bytes(size: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(\w*)", size)
-    if match is None or match[2] not in _UNITS:
-        raise ValueError(f"--shard-size {size!r} is no size: give a number and kB, MB, GB, TB, KiB, MiB, GiB or TiB.")
-    return int(float(match[1]) * _UNITS[match[2]])

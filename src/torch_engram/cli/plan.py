@@ -47,17 +47,17 @@ def plan(
     """
     import json
 
-    from torch_engram.analysis.machine import parse_size
     from torch_engram.analysis.placement import Tables, placements
     from torch_engram.analysis.placement import as_json as placement_json
     from torch_engram.config import EngramConfig
-    from torch_engram.memory.placement import require_known
+    from torch_engram.sizes import parse_size
+    from torch_engram.stores.codecs import require_value_codec
 
     if (text is None) != (tokenizer is None):
         raise ValueError("Hit rates on a text need both: give --text and --tokenizer, or neither.")
     config = EngramConfig.preset(preset)
     codec = codec or ("fp8" if preset == "deepseek-v4.1" else "bf16")
-    require_known(codec, "device")
+    require_value_codec(codec)
     tables, cache_bytes = Tables(config, codec), parse_size(cache)
     rates = {"bus": bus, "host_gather": host_gather, "device_gather": device_gather, "disk_iops": disk_iops}
     machine, origins = _machine({"hbm": hbm, "ram": ram, "disk": disk}, {**rates, "disk_latency": disk_latency})
@@ -75,7 +75,8 @@ def plan(
 
 def _machine(sizes: Mapping[str, str | None], rates: Mapping[str, float | None]) -> tuple[Machine, dict[str, str]]:
     """The machine, and where each of its numbers is from. Rates are in GB/s, reads a second and microseconds."""
-    from torch_engram.analysis.machine import Machine, free_disk, free_hbm, free_ram, parse_size
+    from torch_engram.analysis.machine import Machine, free_disk, free_hbm, free_ram
+    from torch_engram.sizes import parse_size
 
     here = {"hbm": free_hbm, "ram": free_ram, "disk": lambda: free_disk(Path())}
     numbers: dict[str, Any] = {

@@ -41,10 +41,7 @@ def info(path: Where) -> None:
     shown = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("table", "layout", "layer", "rows", "width", "codec", "size", "files"):
         shown.add_column(name, justify="left" if name in ("table", "layout", "codec") else "right", overflow="fold")
-    lines = list(_memory_lines(path) if is_memory(path) else _tensor_lines(path))
-    if not lines:
-        raise ValueError(f"{path} has no matrix that could be a table: give the files of the tables.")
-    for line in lines:
+    for line in _memory_lines(path) if is_memory(path) else _tensor_lines(path):
         shown.add_row(*map(Text, line))
     console = Console()
     console.print(shown, width=None if console.is_terminal else _ANY_WIDTH, crop=False)
@@ -63,10 +60,9 @@ def _memory_lines(folder: Path) -> Iterator[tuple[str, ...]]:
 
 
 def _tensor_lines(path: Path) -> Iterator[tuple[str, ...]]:
-    from torch_engram.stores.named_tables import find_tables
-    from torch_engram.stores.tensor_files import tensors_in
+    from torch_engram.stores.named_tables import tables_in
 
-    for one in find_tables(tensors_in(path)):
+    for one in tables_in(path):
         yield one.name, one.layout, *_cells(one.layer, one.rows, one.width, one.codec, one.nbytes, len(one.files))
 
 

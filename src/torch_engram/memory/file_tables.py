@@ -9,10 +9,13 @@ from pathlib import Path
 import torch
 
 from torch_engram.config import nearest
-from torch_engram.memory.placement import PLACEMENTS, StoreFactory, require_codec
+from torch_engram.memory.placement import PLACEMENTS, StoreFactory
+from torch_engram.memory.saved import is_memory
 from torch_engram.memory.tables import Table
 from torch_engram.stores import DiskStore, FileRows, LoadedStore, RecordLayout, SharedHostStore, Store
-from torch_engram.stores.named_tables import NamedTable, find_tables, table_named
+from torch_engram.stores.codecs import require_value_codec
+from torch_engram.stores.named_tables import NamedTable, table_named, tables_in
+from torch_engram.stores.open_files import TensorFile
 from torch_engram.stores.tensor_files import tensors_in
 
 NEVER_WRITTEN = "Tables in files are only read, and never written to: leave out the optimizer."
@@ -42,13 +45,14 @@ class FileTables:
         if codec is None and len(codecs) > 1:
             raise ValueError(f"The tables are in {' and '.join(codecs)}: load all in one, such as codec='bf16'.")
         self.codec = codec or codecs[0]
-        require_codec(self.codec)
+        require_value_codec(self.codec)
         if placement in IN_PLACE and codecs != [self.codec]:
             raise ValueError(
                 f"The tables are in {' and '.join(codecs)}, and rows that are read in place stay so: leave out "
                 f"codec={codec!r}, or use placement='host' or 'device'."
             )
-        self.rows = {space: FileRows.of(table) for space, table in found.items()}
+        opened: dict[Path, TensorFile] = {}
+        self.rows = {space: FileRows.of(table, opened) for space, table in found.items()}
         """By space."""
 
     def make_store(self, layout: RecordLayout, spaces: Mapping[int, int], device: torch.device) -> Store:
@@ -97,9 +101,9 @@ def _by_layer(tables: Tables, layers: Sequence[int]) -> Mapping[int, NamedTable]
         whose = "The mapping"
     else:
         path = Path(tables)
-        if (path / "memory.json").exists():
+        if is_memory(path):
             raise ValueError(f"{path} is a saved memory: open it with open_bank(), which takes the same placements.")
-        all_found = find_tables(tensors_in(path))
+        all_found = tables_in(path)
         found = {table.layer: table for table in all_found if table.layer is not None}
         if len(all_found) == len(layers) == 1 and not found:
             return {layers[0]: all_found[0]}  # there is no other choice

@@ -10,6 +10,7 @@ from torch_engram.config import nearest
 from torch_engram.memory.cached_reads import heads_of
 from torch_engram.memory.source import Source
 from torch_engram.memory.tables import Table
+from torch_engram.sizes import parse_size
 from torch_engram.stores import (
     CODECS,
     DeviceStore,
@@ -21,7 +22,7 @@ from torch_engram.stores import (
     cached,
     ngram_cache,
 )
-from torch_engram.stores.budget import byte_count
+from torch_engram.stores.codecs import VALUE_CODECS, require_value_codec
 
 StoreFactory = Callable[[RecordLayout, Mapping[int, int], torch.device], Store]
 """Makes a store for records, rows by space, and the device of the keys."""
@@ -48,7 +49,7 @@ def make_sources(
     ``name``: the memory's. Raises ``ValueError`` when its rows or the cache do not fit, or rows are to be trained in a
     read-only store.
     """
-    share = None if cache is None else byte_count(cache) // len(set(formats))
+    share = None if cache is None else parse_size(cache) // len(set(formats))
     sources: dict[RowFormat, Source] = {}
     for own in formats:
         if own in sources:
@@ -86,20 +87,13 @@ def _behind_cache(
 
 def require_known(codec: str, placement: str | StoreFactory) -> None:
     """Raises ``ValueError`` for a codec or a placement that is none, with the nearest one."""
-    require_codec(codec)
+    require_value_codec(codec)
     if isinstance(placement, str) and placement not in PLACEMENTS:
         raise ValueError(f"There is no placement {placement!r}: {nearest(placement, PLACEMENTS)}")
-
-
-def require_codec(codec: str) -> None:
-    """Raises ``ValueError`` for a codec that holds no values, with the nearest one."""
-    holds_values = [name for name in CODECS if name != "int32"]
-    if codec not in holds_values:
-        raise ValueError(f"There is no codec {codec!r} for values: {nearest(codec, holds_values)}")
 
 
 def require_trainable(codec: str) -> None:
     """Raises ``ValueError`` for a codec that loses small updates."""
     if not CODECS[codec].trains:
-        trains = " or ".join(repr(name) for name, known in CODECS.items() if known.trains and name != "int32")
+        trains = " or ".join(repr(name) for name in VALUE_CODECS if CODECS[name].trains)
         raise ValueError(f"codec={codec!r} rounds small updates away: train in {trains}, or leave out the optimizer.")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_engram.stores.budget import byte_count
+from torch_engram.sizes import parse_size
 from torch_engram.stores.protocol import Store, WritableStore
 from torch_engram.stores.slots import COUNTS, Found, Reads, Region, Slots
 from torch_engram.stores.turns import Turns
@@ -74,7 +74,7 @@ class CachedStore(Front):
         super().__init__(store)
         self.device = torch.device(device)
         regions = [Region(space) for space in self.spaces]
-        self._slots = Slots(regions, self.layout.nbytes, byte_count(budget), self.device)
+        self._slots = Slots(regions, self.layout.nbytes, parse_size(budget), self.device)
         self._by_space = torch.zeros(max(self.spaces) + 1, dtype=torch.int64)
         self._by_space[list(self.spaces)] = torch.arange(len(regions))
         self._by_space = self._by_space.to(self.device)

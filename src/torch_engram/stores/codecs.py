@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_engram.config import nearest
+
 _CACHED = 1 << 18
 """Numbers that a CPU decodes together, so that what is between stays in its cache."""
 
@@ -211,3 +213,11 @@ CODECS: dict[str, Codec] = {
     "fp8": Float8(),
     "int8": Int8(),
 }
+VALUE_CODECS = tuple(name for name in CODECS if name != "int32")
+"""Those that the values of rows may be in: int32 is for counts."""
+
+
+def require_value_codec(codec: str) -> None:
+    """Raises ``ValueError`` for a codec that holds no values, with the nearest one that does."""
+    if codec not in VALUE_CODECS:
+        raise ValueError(f"There is no codec {codec!r} for values: {nearest(codec, VALUE_CODECS)}")

@@ -46,7 +46,6 @@ class DiskStore:
         if len(layouts) != 1:
             raise ValueError(f"{len(layouts)} kinds of records in one store: give tables of one width and codec.")
         (self.layout,) = layouts
-        self._gapless = sum(field.component.nbytes for field in self.layout.fields) == self.layout.nbytes
         self.tables, self._staging = dict(tables), staging
         self.spaces = {space: table.rows for space, table in tables.items()}
         files = [file for table in tables.values() for file in table.files]
@@ -109,7 +108,7 @@ class DiskStore:
 
     def _read(self, table: FileRows, places: Int64s, records: Tensor) -> None:
         """Fill ``records`` ``[n, nbytes]`` in host memory with ascending rows, as the table's columns number them."""
-        if not self._gapless:
+        if not self.layout.gapless:
             records.zero_()
         used: set[int] = set()
         for column in table.columns:

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_engram.stores.manifest import Manifest, planes_of, tensor_name
+from torch_engram.stores.manifest import Manifest, Part, planes_of, tensor_name
 from torch_engram.stores.named_tables import NamedTable
-from torch_engram.stores.open_files import OpenFile
+from torch_engram.stores.open_files import OpenFile, TensorFile
 from torch_engram.stores.parts import ROW_TENSOR
 from torch_engram.stores.records import Field, Plane, RecordLayout
 from torch_engram.stores.tensor_files import TensorPlace
@@ -63,7 +63,8 @@ class FileRows:
 
     ``places``: for every field of ``layout`` the tensors that hold it, consecutive rows, the first ones first.
     ``changed``: int64 ascending, rows that were saved again later; their newest records are ``newest``, rows past
-    ``rows`` in the numbering of ``places``. Make one by :meth:`of` or :meth:`saved`; its files are closed when it goes.
+    ``rows`` in the numbering of ``places``: 16 bytes a changed row are all that grows with the table. Make one by
+    :meth:`of` or :meth:`saved`; its files are closed when it goes.
     """
 
     def __init__(
@@ -84,14 +85,17 @@ class FileRows:
         self._newest = np.empty(0, np.int64) if newest is None else newest
 
     @classmethod
-    def of(cls, table: NamedTable) -> FileRows:
-        """The rows of a named table: records of one plane, ``value``.
+    def of(cls, table: NamedTable, opened: dict[Path, TensorFile] | None = None) -> FileRows:
+        """The rows of a named table: records of one plane, ``value``. ``opened``: files of other tables, so that each
+        is open once; this one's join them.
 
         Raises ``ValueError`` naming the file that is truncated, or whose header is another one by now; ``OSError`` when
         one cannot be opened.
         """
         layout = RecordLayout((Plane("value", table.width, table.codec),))
-        files = [OpenFile(path) for path in table.files]
+        opened = {} if opened is None else opened
+        opened |= {path: TensorFile(path) for path in table.files if path not in opened}
+        files = [opened[path] for path in table.files]
         found = {place for file in files for place in file.tensors.values()}
         for place in (*table.values, *table.scales):
             if place not in found:
@@ -103,20 +107,17 @@ class FileRows:
     def saved(cls, folder: Path, manifest: Manifest, layout: RecordLayout) -> FileRows:
         """The rows of a saved table, whose planes those of ``layout`` must be among; checksums are not read.
 
-        Raises ``ValueError`` naming the part that is missing or truncated, or the plane that does not fit; ``OSError``
-        when one cannot be opened.
+        Raises ``ValueError`` naming the part that is missing, truncated or not as it is listed, or the plane that does
+        not fit; ``OSError`` when one cannot be opened.
         """
         for name, kind in planes_of(layout).items():
             if manifest.planes.get(name) != kind:
                 raise ValueError(f"{folder} has no {name} of {kind[0]} [{kind[1]}]: open it with its own codec.")
-        files = [OpenFile(folder / part.file) for part in manifest.parts]
-        for file, part in zip(files, manifest.parts, strict=True):
-            for name, (dtype, width) in planes_of(layout).items():
-                place = file.tensors.get(name)
-                if place is None or (place.dtype, place.shape) != (dtype, (part.rows, width)):
-                    raise ValueError(f"{file.path} is not the part that is listed: use an intact copy.")
+        files = [_open_part(folder / part.file, part, layout) for part in manifest.parts]
         places = {field: [file.tensors[tensor_name(field)] for file in files] for field in layout.fields}
-        listed = [_listed(file) for file, part in zip(files, manifest.parts, strict=True) if part.first is None]
+        listed = [
+            _listed(file, manifest.rows) for file, part in zip(files, manifest.parts, strict=True) if part.first is None
+        ]
         changed, newest = _last_of_each(listed, manifest.rows)
         return cls(folder.name, manifest.rows, layout, places, files, changed, newest)
 
@@ -142,29 +143,49 @@ class FileRows:
         Raises ``ValueError`` for rows that are not there, ``OSError`` naming the file for a read error or a file that
         was changed.
         """
-        if last > first:
-            self.require_rows(np.array([first, last - 1]))
-        records = self.layout.empty(last - first)
-        for column in self.columns:
-            self._read_column(column, first, last, records)
-        begin, end = np.searchsorted(self._changed, (first, last))
-        for row, newest in zip(self._changed[begin:end].tolist(), self._newest[begin:end].tolist(), strict=True):
-            for column in self.columns:
-                self._read_column(column, newest, newest + 1, records[row - first : row - first + 1])
-        for file in self.files:
-            file.require_unchanged()
+        shape = last - first, self.layout.nbytes
+        records = torch.empty(shape, dtype=torch.uint8) if self.layout.gapless else self.layout.empty(last - first)
+        self._read(first, last, [records[:, field.start : field.stop] for field in self.layout.fields])
         return records
 
-    def _read_column(self, column: Column, first: int, last: int, records: Tensor) -> None:
-        field, done = column.field, 0
-        target = records[:, field.start : field.stop]
-        for file, at, rows in column.pieces(first, last):
-            whole = records.stride(0) == column.nbytes  # a record is this component, so that it is read where it goes
-            raw = target[done : done + rows] if whole else torch.empty(rows, column.nbytes, dtype=torch.uint8)
-            self.files[file].read_into(at, raw.numpy().reshape(-1))
-            if not whole:
-                target[done : done + rows] = raw
-            done += rows
+    def read_apart(self, first: int, last: int) -> tuple[Tensor, ...]:
+        """As :meth:`read`, without a copy into records: every field's component, contiguous
+        ``[last - first, component.width]``."""
+        kinds = [field.component for field in self.layout.fields]
+        parts = [torch.empty(last - first, kind.nbytes, dtype=torch.uint8) for kind in kinds]
+        self._read(first, last, parts)
+        return tuple(part.view(kind.dtype) for part, kind in zip(parts, kinds, strict=True))
+
+    def _read(self, first: int, last: int, targets: Sequence[Tensor]) -> None:
+        """Fill ``targets``, one for every column, uint8 ``[last - first, column.nbytes]``."""
+        if last > first:
+            self.require_rows(np.array([first, last - 1]))
+        self._read_columns(first, last, targets)
+        begin, end = np.searchsorted(self._changed, (first, last))
+        if begin == end:
+            return
+        rows, newest = self._changed[begin:end] - first, self._newest[begin:end]
+        part = np.searchsorted(self.columns[0].firsts, newest, side="right")
+        for number in np.unique(part):  # its rows ascend: between those of [first, last) lie no others
+            own = part == number
+            start, stop = int(newest[own].min()), int(newest[own].max()) + 1
+            found = [torch.empty(stop - start, target.shape[1], dtype=torch.uint8) for target in targets]
+            self._read_columns(start, stop, found)
+            for target, later in zip(targets, found, strict=True):
+                target[torch.from_numpy(rows[own])] = later[torch.from_numpy(newest[own] - start)]
+
+    def _read_columns(self, first: int, last: int, targets: Sequence[Tensor]) -> None:
+        """Consecutive rows as :attr:`columns` number them."""
+        for column, target in zip(self.columns, targets, strict=True):
+            done = 0
+            for number, at, rows in column.pieces(first, last):
+                into = target[done : done + rows]
+                raw = into if into.is_contiguous() else torch.empty(rows, column.nbytes, dtype=torch.uint8)
+                self.files[number].read_into(at, raw.numpy().reshape(-1))
+                self.files[number].require_unchanged()
+                if raw is not into:
+                    into.copy_(raw)
+                done += rows
 
 
 def _column(field: Field, places: Sequence[TensorPlace], number: Mapping[Path, int]) -> Column:
@@ -177,13 +198,30 @@ def _column(field: Field, places: Sequence[TensorPlace], number: Mapping[Path, i
     )
 
 
-def _listed(file: OpenFile) -> Int64s:
-    """The rows that a part of changes lists."""
+def _open_part(path: Path, part: Part, layout: RecordLayout) -> TensorFile:
+    """Raises ``ValueError`` unless it has the tensors that a part like this must have."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: use an intact copy of the table.")
+    file = TensorFile(path)
+    planes = {name: (dtype, (part.rows, width)) for name, (dtype, width) in planes_of(layout).items()}
+    rows = {ROW_TENSOR: ("I64", (part.rows,))} if part.first is None else {}
+    for name, kind in [*rows.items(), *planes.items()]:
+        place = file.tensors.get(name)
+        if place is None or (place.dtype, place.shape) != kind:
+            raise ValueError(f"{path} is not the part that is listed ({name!r} differs): use an intact copy.")
+    return file
+
+
+def _listed(file: TensorFile, rows: int) -> Int64s:
+    """The rows that a part of changes lists, int64 ascending; the table has ``rows``."""
     place = file.tensors[ROW_TENSOR]
     raw = np.empty(place.nbytes, np.uint8)
     file.read_into(place.start, raw)
     file.require_unchanged()
-    return raw.view(np.int64)
+    listed = raw.view(np.int64)
+    if (np.diff(listed, prepend=-1, append=rows) <= 0).any():
+        raise ValueError(f"{file.path} lists rows out of order: use an intact copy.")
+    return listed
 
 
 def _last_of_each(listed: Sequence[Int64s], rows: int) -> tuple[Int64s, Int64s]:

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch_engram.config import nearest
-from torch_engram.stores.codecs import CODECS, Component
-
-_EVERY_CODEC = "bf16", *(name for name in CODECS if name not in ("bf16", "int32"))
+from torch_engram.stores.codecs import CODECS, VALUE_CODECS, Component, require_value_codec
 
 
 class Layout(NamedTuple):
@@ -27,7 +25,7 @@ class Layout(NamedTuple):
 
 
 LAYOUTS: Mapping[str, Layout] = {
-    "plain": Layout("table.weight", _EVERY_CODEC, 64),
+    "plain": Layout("table.weight", ("bf16", *(name for name in VALUE_CODECS if name != "bf16")), 64),
     "deepseek-v4.1": Layout("layers.{layer}.engram.embed.weight", ("fp8",), 256),
     "qwen4exp": Layout(
         "model.language_model.layers.{layer}.ple.ple_embedding.ngram_embedding.shard_{shard}.weight",
@@ -49,10 +47,9 @@ def known_layout(name: str) -> Layout:
     return LAYOUTS[name]
 
 
-def require_codec(layout: str, codec: str) -> None:
+def require_codec_of(layout: str, codec: str) -> None:
     """Raises ``ValueError`` for a codec that is none, with the nearest one, or that ``layout`` has not."""
-    if codec not in _EVERY_CODEC:
-        raise ValueError(f"There is no codec {codec!r}: {nearest(codec, _EVERY_CODEC)}")
+    require_value_codec(codec)
     codecs = LAYOUTS[layout].codecs
     if codec not in codecs:
         raise ValueError(

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch_engram.config import nearest
-from torch_engram.stores.codecs import CODECS
-from torch_engram.stores.tensor_files import DTYPE_NAMES, TensorPlace
+from torch_engram.stores.codecs import CODECS, VALUE_CODECS
+from torch_engram.stores.tensor_files import DTYPE_NAMES, TensorPlace, tensors_in
 
 _DEEPSEEK = re.compile(r"(?:.*\.)?layers\.(\d+)\.engram\.embed\.weight")
 _QWEN = re.compile(r"(?:.*\.)?layers\.(\d+)\.ple\.ple_embedding\.ngram_embedding\.shard_(\d+)\.weight")
@@ -65,6 +65,17 @@ def find_tables(tensors: Mapping[str, TensorPlace]) -> list[NamedTable]:
     if known:
         return sorted(known, key=lambda table: (table.layer is None, table.layer))
     return list(_plain(tensors))
+
+
+def tables_in(path: Path) -> list[NamedTable]:
+    """Every table in a file or a folder of shards.
+
+    Raises ``ValueError`` as :func:`tensors_in` and :func:`find_tables` do, or when there is none.
+    """
+    tables = find_tables(tensors_in(path))
+    if not tables:
+        raise ValueError(f"{path} has no matrix that could be a table: give the files of the tables.")
+    return tables
 
 
 def table_named(tensors: Mapping[str, TensorPlace], name: str) -> NamedTable:
@@ -148,10 +159,10 @@ def _codec(value: TensorPlace, scale: TensorPlace | None = None) -> str | None:
     if len(value.shape) != 2:
         return None
     found = [(place.dtype, place.shape) for place in (value, scale) if place is not None]
-    for name, codec in CODECS.items():
-        parts = codec.components(value.shape[1])
+    for name in VALUE_CODECS:
+        parts = CODECS[name].components(value.shape[1])
         wanted = [(DTYPE_NAMES[part.dtype], (value.shape[0], part.width)) for part in parts]
-        if name != "int32" and wanted == found:
+        if wanted == found:
             return name
     return None
 

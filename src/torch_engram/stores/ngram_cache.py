@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_engram.stores.budget import byte_count
+from torch_engram.sizes import parse_size
 from torch_engram.stores.cached import Front, WritableFront, counted
 from torch_engram.stores.embedding import Columns, embed
 from torch_engram.stores.protocol import Store, WritableStore
@@ -65,7 +65,7 @@ class NgramCache(Front):
         self.device, self._format = torch.device(device), row_format
         self._heads = {each.space: each for each in heads}
         regions = [region for each in heads for region in each.regions()]
-        self._slots = Slots(regions, self.layout.nbytes, byte_count(budget), self.device)
+        self._slots = Slots(regions, self.layout.nbytes, parse_size(budget), self.device)
         self._plans: dict[tuple[int, ...], tuple[Tensor, Columns]] = {}
         self._turns = Turns(self.device)
 

@@ -78,6 +78,11 @@ class RecordLayout:
         unit = 16 if size > 64 else 8
         return -(-size // unit) * unit
 
+    @cached_property
+    def gapless(self) -> bool:
+        """Whether every byte of a record is some field's."""
+        return sum(field.component.nbytes for field in self.fields) == self.nbytes
+
     def view(self, records: Tensor, field: Field) -> Tensor:
         """One component of uint8 records ``[U, nbytes]``, without a copy: ``[U, component.width]``."""
         return records[:, field.start : field.stop].view(field.component.dtype)

@@ -2,111 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
-from itertools import accumulate
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from torch_engram.stores.codecs import CODECS
+from torch_engram.stores.file_rows import FileRows
 from torch_engram.stores.layouts import plain_name
-from torch_engram.stores.named_tables import NamedTable, find_tables
-from torch_engram.stores.steady_files import ChangedFile, SteadyFile
-from torch_engram.stores.tensor_files import TensorPlace, tensors_in
+from torch_engram.stores.named_tables import tables_in
+from torch_engram.stores.open_files import OpenFile, TensorFile
+from torch_engram.stores.records import Plane, RowFormat, make_keys
 
 
-class RowSource(Protocol):
+@dataclass(frozen=True)
+class RowSource:
     """One table that can be read through."""
 
-    @property
-    def name(self) -> str:
-        """What its tensor is called in the layout ``plain``."""
+    table: FileRows
+    format: RowFormat
+    """Of its records; says what the rows are that were never written."""
+    name: str
+    """What its tensor is called in the layout ``plain``."""
+    layout: str
+    """Of :data:`LAYOUTS`: in which it is, or the one to be written when nobody asks for another."""
+    layer: int | None
+    """None where nothing says one."""
+    space: int = 0
+    """As :attr:`format` counts."""
+    facts: tuple[OpenFile, ...] = ()
+    """Files without rows that say what the rows are."""
 
     @property
-    def layout(self) -> str:
-        """Of :data:`LAYOUTS`: in which it is, or the one to be written when nobody asks for another."""
-
-    @property
-    def layer(self) -> int | None:
-        """None where nothing says one."""
+    def _plane(self) -> Plane:
+        return self.format.layout.plane("value")
 
     @property
     def codec(self) -> str:
         """Of its rows."""
+        return self._plane.codec
 
     @property
     def width(self) -> int:
         """Numbers a row."""
+        return self._plane.width
 
     @property
     def rows(self) -> int:
         """Of the whole table."""
+        return self.table.rows
 
     @property
-    def files(self) -> Sequence[SteadyFile]:
+    def files(self) -> Sequence[OpenFile]:
         """All that it is read from."""
+        return *self.facts, *self.table.files
 
     def read(self, rows: range) -> tuple[Tensor, ...]:
         """The components ``[len(rows), component.width]`` of consecutive rows, encoded.
 
-        Raises :class:`ChangedFile` when a file is no longer what it was.
+        Raises what :meth:`FileRows.read` does.
         """
+        layout = self.format.layout
+        if self.format.init_std:
+            records = self.table.read(rows.start, rows.stop)
+            self.format.with_initial(make_keys(self.space, torch.arange(rows.start, rows.stop)), records)
+            parts = tuple(layout.view(records, field) for field in layout.fields)
+        else:
+            parts = self.table.read_apart(rows.start, rows.stop)
+        return tuple(part for field, part in zip(layout.fields, parts, strict=True) if field.plane == "value")
+
+    def require_in_place(self) -> None:
+        """Raises :class:`~torch_engram.stores.open_files.ChangedFile` unless its files are under their names still, as
+        they were."""
+        for file in self.files:
+            file.require_in_place()
 
 
-class NamedRows:
-    """A table in safetensors files."""
-
-    def __init__(self, table: NamedTable, files: Mapping[Path, SteadyFile]):
-        self._table, self._files = table, files
-        self.layout, self.layer = table.layout.lower(), table.layer
-        self.codec, self.width, self.rows = table.codec, table.width, table.rows
-
-    @property
-    def name(self) -> str:
-        """See :class:`RowSource`. One of a known layout is called by its layer."""
-        return self._table.name if self.layer is None or self.layout == "plain" else plain_name(self.layer)
-
-    @property
-    def files(self) -> Sequence[SteadyFile]:
-        """See :class:`RowSource`."""
-        return [self._files[file] for file in self._table.files]
-
-    def read(self, rows: range) -> tuple[Tensor, ...]:
-        """See :class:`RowSource`."""
-        parts = CODECS[self.codec].components(self.width)
-        found = []
-        for part, places in zip(parts, (self._table.values, self._table.scales), strict=False):
-            into = torch.empty(len(rows), part.nbytes, dtype=torch.uint8)
-            self._fill(into, places, rows)
-            found.append(into.view(part.dtype))
-        return tuple(found)
-
-    def _fill(self, into: Tensor, places: Sequence[TensorPlace], rows: range) -> None:
-        for place, end in zip(places, self._ends, strict=True):
-            begin = end - place.shape[0]
-            first, last = max(begin, rows.start), min(end, rows.stop)
-            if first < last:
-                run = into[first - rows.start : last - rows.start]
-                self._files[place.file].read_rows(run, place, first - begin)
-
-    @cached_property
-    def _ends(self) -> list[int]:
-        """The row after each tensor's last."""
-        return list(accumulate(place.shape[0] for place in self._table.values))
-
-
-def named_rows(path: Path) -> list[NamedRows]:
+def named_rows(path: Path) -> list[RowSource]:
     """Every table in a file or a folder of shards.
 
-    Raises ``ValueError`` as :func:`tensors_in` and :func:`find_tables` do, or when there is none.
+    Raises ``ValueError`` as :func:`tables_in` and :meth:`FileRows.of` do.
     """
-    tables = find_tables(tensors_in(path))
-    if not tables:
-        raise ValueError(f"{path} has no matrix that could be a table: give the files of the tables.")
-    files = {file: SteadyFile(file) for table in tables for file in table.files}
-    if find_tables(tensors_in(path)) != tables:  # headers are of the very files whose identity was taken
-        raise ChangedFile(f"The files of {path} are being written: begin anew when they are whole.")
-    return [NamedRows(table, files) for table in tables]
+    opened: dict[Path, TensorFile] = {}
+    found = []
+    for table in tables_in(path):
+        layout, rows = table.layout.lower(), FileRows.of(table, opened)
+        # one of a known layout is called by its layer
+        name = table.name if table.layer is None or layout == "plain" else plain_name(table.layer)
+        found.append(RowSource(rows, RowFormat(rows.layout), name, layout, table.layer))
+    return found

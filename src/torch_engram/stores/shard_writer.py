@@ -66,8 +66,9 @@ class ShardWriter:
         """Write the components of the next rows, all of one piece. Raises ``OSError`` when the disk is full."""
         try:
             for name, digest, part in zip(self._left[0].components, self._digests, parts, strict=True):
-                self._writer.put(name, self._at, part)
-                digest.update(part.contiguous().flatten().view(torch.uint8).numpy().data)
+                rows = part.contiguous()  # they may be views of records
+                self._writer.put(name, self._at, rows)
+                digest.update(rows.flatten().view(torch.uint8).numpy().data)
         except OSError as error:
             error.filename = self._file.name
             raise

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from torch_engram.stores.codecs import Component
-from torch_engram.stores.layouts import LAYOUTS, components_of, known_layout, require_codec
+from torch_engram.stores.layouts import LAYOUTS, components_of, known_layout, require_codec_of
 from torch_engram.stores.row_sources import RowSource
 from torch_engram.stores.tensor_files import Tensors, file_size
 
@@ -40,7 +40,7 @@ class Target:
         allowed = known_layout(layout).codecs
         codecs = [self.codec or (source.codec if source.codec in allowed else allowed[0]) for source in sources]
         for codec in codecs:
-            require_codec(layout, codec)
+            require_codec_of(layout, codec)
         return layout, codecs
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torch_engram.durable import require_room, sync
 from torch_engram.stores.codecs import Component
-from torch_engram.stores.layouts import LAYOUTS, components_of, require_codec
+from torch_engram.stores.layouts import LAYOUTS, components_of, require_codec_of
 from torch_engram.stores.tensor_files import TensorWriter, file_size
 
 _CHUNK_ROWS = 1 << 16
@@ -62,7 +62,7 @@ def synthesise(
 
 def require_fitting(folder: Path, layout: str, rows: int, codec: str, shards: int) -> None:
     """Raises ``ValueError`` for what :func:`synthesise` cannot make."""
-    require_codec(layout, codec)
+    require_codec_of(layout, codec)
     if folder.exists():
         raise ValueError(f"{folder} is there already: give another folder.")
     if not 1 <= shards <= rows:

@@ -55,6 +55,8 @@ def read_header(file: Path) -> dict[str, TensorPlace]:
     if not file.is_file():
         what = "is a link to nothing: fetch it again" if file.is_symlink() else "is no file: give a .safetensors file"
         raise ValueError(f"{file} {what}, or give a folder of shards.")
+    with open(file, "rb"):  # what hinders that is said here: the library calls it a file that is not there
+        pass
     try:
         with safe_open(file, framework="numpy"):  # it maps the file read-only, and loads nothing
             pass
