@@ -13,6 +13,7 @@ ROOMS = (
     "config",
     "window",
     "durable",
+    "forks",
     "sizes",
     "kernels",
     "data",

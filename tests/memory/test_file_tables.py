@@ -141,3 +141,43 @@ def test_a_fault_of_the_disk_is_raised_where_the_rows_are_waited_for(
     os.truncate(file, 100)
     with pytest.raises(OSError, match=r"a\.safetensors was changed while it was in use"):
         embeddings(bank)
+
+
+@pytest.mark.parametrize("tables", ["", 5, ["t"], {1: "x"}, {1: None}, {1: ("a", "b", "c")}])
+def test_what_are_no_tables_is_refused(make_bank: Make, tables: Any) -> None:
+    with pytest.raises(ValueError, match=r"tables= is a file, a folder|A layer's table is a NamedTable or a pair"):
+        make_bank(tables=tables, placement="disk")
+
+
+@pytest.mark.parametrize("placement", [5, None, ["disk"]])
+def test_what_is_no_placement_is_refused(make_bank: Make, placement: Any) -> None:
+    with pytest.raises(ValueError, match="There is no placement"):
+        make_bank(placement=placement)
+
+
+@pytest.mark.parametrize("row", [-1, 2**40, 2**62])
+def test_a_row_that_somebody_else_hashed_wrongly_is_named(make_bank: Make, row: int) -> None:
+    bank = make_bank()
+    rows = torch.zeros(1, 2, bank.config.columns, dtype=torch.int64)
+    rows[0, 1, 1] = row
+    with pytest.raises(ValueError, match=f"Row {row:,} is not in layer 1, which has"):
+        bank.read_rows(1, rows).wait(1)
+
+
+def test_a_bank_is_refused_in_a_forked_process(make_bank: Make, rows: dict[int, Tensor], tmp_path: Path) -> None:
+    save_file({"a": rows[1], "b": rows[3]}, tmp_path / "a.safetensors")
+    pairs = {1: (tmp_path / "a.safetensors", "a"), 3: (tmp_path / "a.safetensors", "b")}
+    bank = make_bank(tables=pairs, placement="disk")
+    embeddings(bank)
+    store = bank.source(bank.tables[0]).store
+    reads = (lambda: embeddings(bank), lambda: store.fetch(torch.arange(3)))
+    child = os.fork()
+    if not child:
+        refused = 0
+        for read in reads:
+            try:
+                read()
+            except ValueError as error:
+                refused += "open it in each process" in str(error)
+        os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == len(reads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch_engram.stores.block_reads import BLOCK
 from torch_engram.stores.file_rows import FileRows
 from torch_engram.stores.parts import update_table
 from torch_engram.stores.synthetic import LAYOUTS, synthesise
-from torch_engram.stores.tensor_files import encode_header
+from torch_engram.stores.tensor_files import TensorWriter, encode_header
 
 Make = Callable[..., DiskStore]
 few = settings(max_examples=15)
@@ -63,6 +64,21 @@ def saved(folder: Path, rows: int) -> FileRows:
     changed = torch.arange(3, rows, 5)
     records[changed, :124] = torch.randint(256, (len(changed), 124), dtype=torch.uint8)
     return FileRows.saved(folder, update_table(folder, manifest, changed, layout, records.__getitem__), layout)
+
+
+def test_tensors_in_any_order_of_a_file(disk_store_of: Make, tmp_path: Path) -> None:
+    """The later rows lie first, so that ascending rows go back within a block and across one."""
+    name = "model.language_model.layers.1.ple.ple_embedding.ngram_embedding.shard_{}.weight"
+    later, earlier = torch.randn(5, 160).bfloat16(), torch.randn(20, 160).bfloat16()
+    kinds = {name.format(1): (later.dtype, (5, 160)), name.format(0): (earlier.dtype, (20, 160))}
+    with open(tmp_path / "a.safetensors", "wb") as file:
+        writer = TensorWriter(file, kinds)
+        writer.put(name.format(1), 0, later)
+        writer.put(name.format(0), 0, earlier)
+    store = disk_store_of({0: tables(tmp_path)[0]})
+    every = torch.cat((earlier, later)).view(torch.uint8)
+    for pair in product(range(20), range(20, 25)):
+        assert torch.equal(store.fetch(make_keys(0, torch.tensor(pair))), every[list(pair)])
 
 
 def all_keys(store: Store) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torch_engram.addressing import Addressing, CanonicalVocab, LayerLayout, Lookup
 from torch_engram.config import EngramConfig
+from torch_engram.forks import OneProcess
 from torch_engram.memory.cached_reads import CachedReads, counts_by_order
 from torch_engram.memory.file_tables import IN_PLACE, NEVER_WRITTEN, FileTables, Tables
 from torch_engram.memory.placement import PLACEMENTS, StoreFactory, make_sources, require_known, require_trainable
@@ -72,6 +73,7 @@ class MemoryBank:
         self._reads: type[TouchedRows] = CachedReads if cache is not None and optimizer is None else TouchedRows
         self.saved: tuple[Path, str, tuple[int, ...]] | None = None
         """Where the rows were last saved to or loaded from: folder, digest of its contents, since when stores count."""
+        self._process = OneProcess(f"Memory {name!r}")
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-prefetch")
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.aside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -151,7 +153,7 @@ class MemoryBank:
         assert mixes is not None or not self.grouped, "a store that keeps n-grams together wants their mixes"
         rows = rows.to(self.device)
         mixes = rows[..., :0] if mixes is None else mixes.to(self.device)
-        lookups = self._worker.submit(self._hashed, mixes, rows, self._now())
+        lookups = self._worker.submit(self._hashed, layer, mixes, rows, self._now())
         return self._fetches((layer,), lookups, [None], trains=False)[0]
 
     @property
@@ -182,14 +184,17 @@ class MemoryBank:
 
     def _now(self) -> torch.cuda.Event | None:
         """What the prefetch stream has to wait for to see all that was done so far."""
+        self._process.require()
         return None if self._stream is None else torch.cuda.current_stream(self.device).record_event()
 
-    def _hashed(self, mixes: Tensor, rows: Tensor, before: torch.cuda.Event | None) -> list[Lookup]:
+    def _hashed(self, layer: int, mixes: Tensor, rows: Tensor, before: torch.cuda.Event | None) -> list[Lookup]:
         """Runs on the prefetch thread, as does :meth:`_lookups`."""
-        if self._stream is not None and before is not None:
-            self._stream.wait_event(before)
-            mixes.record_stream(self._stream)
-            rows.record_stream(self._stream)
+        with self._side_stream():
+            if self._stream is not None and before is not None:
+                self._stream.wait_event(before)
+                mixes.record_stream(self._stream)
+                rows.record_stream(self._stream)
+            _require_rows(rows, layer, self.addressing.layouts[layer].rows)
         return [lambda layer: (mixes, rows)]
 
     def _lookups(self, batches: Sequence[Tokens], before: torch.cuda.Event | None) -> list[Lookup]:
@@ -306,6 +311,17 @@ class MemoryBank:
         own = self.optimizer.planes(table.dim) if self.optimizer is not None else ()
         planes = (value,) if self.in_files else (value, count, *own)
         return RowFormat(RecordLayout(planes), self.seed, self.config.init_std)
+
+
+def _require_rows(rows: Tensor, layer: int, there: int) -> None:
+    """Here for all stores: those on a GPU do not look. Waits for the device."""
+    if rows.numel():
+        low, high = (int(bound) for bound in rows.aminmax())
+        if low < 0 or high >= there:
+            raise ValueError(
+                f"Row {low if low < 0 else high:,} is not in layer {layer}, which has {there:,} rows: ask for 0 to "
+                f"{there - 1:,}, or check that the configuration is the model's."
+            )
 
 
 def _as_tokens(tokens: Tokens | Tensor) -> Tokens:

@@ -100,6 +100,8 @@ def _by_layer(tables: Tables, layers: Sequence[int]) -> Mapping[int, NamedTable]
         found = {layer: _named(table) for layer, table in tables.items()}
         whose = "The mapping"
     else:
+        if not isinstance(tables, str | os.PathLike) or not os.fspath(tables):
+            raise ValueError(f"tables= is a file, a folder of shards or a mapping of layers to tables, not {tables!r}.")
         path = Path(tables)
         if is_memory(path):
             raise ValueError(f"{path} is a saved memory: open it with open_bank(), which takes the same placements.")
@@ -121,5 +123,7 @@ def _by_layer(tables: Tables, layers: Sequence[int]) -> Mapping[int, NamedTable]
 def _named(table: NamedTable | tuple[str | os.PathLike[str], str]) -> NamedTable:
     if isinstance(table, NamedTable):
         return table
+    if not isinstance(table, tuple | list) or len(table) != 2 or not isinstance(table[1], str):
+        raise ValueError(f"A layer's table is a NamedTable or a pair (path, name of the tensor), not {table!r}.")
     path, name = table
     return table_named(tensors_in(Path(path)), name)

@@ -88,8 +88,9 @@ def _behind_cache(
 def require_known(codec: str, placement: str | StoreFactory) -> None:
     """Raises ``ValueError`` for a codec or a placement that is none, with the nearest one."""
     require_value_codec(codec)
-    if isinstance(placement, str) and placement not in PLACEMENTS:
-        raise ValueError(f"There is no placement {placement!r}: {nearest(placement, PLACEMENTS)}")
+    known = placement in PLACEMENTS if isinstance(placement, str) else callable(placement)
+    if not known:
+        raise ValueError(f"There is no placement {placement!r}: {nearest(str(placement), PLACEMENTS)}")
 
 
 def require_trainable(codec: str) -> None:

@@ -42,7 +42,8 @@ class BlockReader:
             self._buffer = _aligned(_most_bytes(nbytes))
         first, last = starts // BLOCK, (starts + nbytes - 1) // BLOCK
         begins = np.ones(len(starts), bool)
-        begins[1:] = (number[1:] != number[:-1]) | (first[1:] > last[:-1] + 1) | (first[1:] < first[:-1])
+        backwards = starts[1:] < starts[:-1]  # a tensor of later rows may lie before
+        begins[1:] = (number[1:] != number[:-1]) | (first[1:] > last[:-1] + 1) | backwards
         head = np.flatnonzero(begins)
         tail = np.append(head[1:], len(starts)) - 1
         sizes = (last[tail] - first[head] + 1) * BLOCK

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torch_engram.forks import OneProcess
 from torch_engram.stores.aio import AioTransfer
 from torch_engram.stores.block_reads import BlockReader, ThreadTransfer, open_direct
 from torch_engram.stores.file_rows import FileRows
@@ -50,11 +51,12 @@ class DiskStore:
         self.spaces = {space: table.rows for space, table in tables.items()}
         files = [file for table in tables.values() for file in table.files]
         self._reader = direct_reader(files, staging) if direct else cached_reader(staging)
-        self._lock = threading.Lock()
+        self._lock, self._process = threading.Lock(), OneProcess("A store of tables on disk")
 
     def fetch(self, keys: Tensor, group: Tensor | None = None) -> Tensor:
         """See :class:`~torch_engram.stores.protocol.Store`. Raises ``ValueError`` naming a row or a space that is not
         there, and ``OSError`` naming the file that cannot be read, or was changed since it was opened."""
+        self._process.require()
         asked = keys.cpu().numpy()
         distinct, back = asked, None
         if (asked[1:] <= asked[:-1]).any():
