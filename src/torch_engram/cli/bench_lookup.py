@@ -55,7 +55,7 @@ def lookup(
     ] = None,
     warm: Annotated[
         int, typer.Option(min=0, help="Tokens that fill the cache first, of the text before that which is timed.")
-    ] = 1_000_000,
+    ] = 250_000,
     chunk: Annotated[int, typer.Option(min=2, help="Tokens of a prefill read.")] = 8192,
     chunks: Annotated[int, typer.Option(min=0, help="Prefill reads that are timed.")] = 12,
     sequences: Annotated[
@@ -114,7 +114,8 @@ def lookup(
         stand = LookupStand(found, config, content.vocab, torch.device(device), cold, budget)
         timed = []
         for placement in chosen:
-            status.update(f"Timing {placement}" if budget is None else f"Filling a cache and timing {placement}")
+            fills = budget is not None and placement != "device"
+            status.update(f"{'Filling a cache, then timing' if fills else 'Timing'} {placement}")
             timed += stand.time(placement, wanted, excerpts)
     described, notes = stand.describe(excerpts.warm), stand.notes(excerpts.warm)
     _show(console, stand, timed, [f"Microseconds a read. {described}.", *notes])
