@@ -27,5 +27,5 @@ engram sample "$run" --prompt "The United States" --prompt "By the way," --token
 ls -l "$folder/gates.html" "$folder/demo/report.html" | sed "s#$folder#FOLDER#g" | cut -d' ' -f5-
 engram bench ops --against compile --out "$folder/bench"
 engram bench step small-moe small-engram --against naive --set batch_size=32 --set cache="$folder/cache" --out "$folder/bench"
-engram bench lookup --cache "$folder/cache" --chunks 4 --steps 50 --out "$folder/bench"
+engram bench lookup --text-cache "$folder/cache" --cache 1GB --chunks 4 --steps 50 --out "$folder/bench"
 rm -rf "$folder"

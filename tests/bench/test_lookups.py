@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +16,11 @@ from hypothesis import strategies as st
 
 from torch_engram.addressing import CanonicalVocab
 from torch_engram.bench import limits
+from torch_engram.bench.cache_hits import Hits
 from torch_engram.bench.lookup_stand import LookupStand, choose_placements
 from torch_engram.bench.lookup_tables import choose_layers, row_bytes, scaled, synthesise_layers, tables_at
 from torch_engram.bench.lookups import (
+    CHECKED,
     WARM_UP,
     Excerpts,
     LookupTimes,
@@ -26,10 +30,11 @@ from torch_engram.bench.lookups import (
     drop_pages,
     modes,
 )
-from torch_engram.bench.page import LIMITS, LOOKUP_HEAD, lookup_cells
+from torch_engram.bench.page import LIMITS, LOOKUP_HEAD, hit_rows, lookup_cells
 from torch_engram.config import PRESETS, EngramConfig
 from torch_engram.data import TokenFile
 from torch_engram.memory import Tokens
+from torch_engram.stores import DiskStore
 from torch_engram.stores.named_tables import NamedTable
 from torch_engram.stores.tensor_files import TensorPlace
 
@@ -57,9 +62,17 @@ def a_table(rows: int, width: int = 256, layer: int | None = 1) -> NamedTable:
 
 
 @pytest.fixture
-def stand(tmp_path: Path, make_vocab: Callable[..., CanonicalVocab]) -> LookupStand:
-    tables = synthesise_layers(tmp_path / "tables", SMALL, 6_000, None)
-    return LookupStand(tables, SMALL, make_vocab(), torch.device("cpu"), cold=True)
+def make_stand(tmp_path: Path, make_vocab: Callable[..., CanonicalVocab]) -> Callable[..., LookupStand]:
+    def make(**changes: Any) -> LookupStand:
+        tables = synthesise_layers(tmp_path / "tables", SMALL, 6_000, None)
+        return LookupStand(tables, SMALL, make_vocab(), torch.device("cpu"), **{"cold": True} | changes)
+
+    return make
+
+
+@pytest.fixture
+def stand(make_stand: Callable[..., LookupStand]) -> LookupStand:
+    return make_stand()
 
 
 @given(
@@ -114,13 +127,23 @@ def test_tables_are_made_for_every_layer_and_found_again(
     wanted=st.lists(
         st.builds(Mode, st.integers(1, 5), st.integers(1, 7), st.integers(1, 4)), min_size=1, max_size=4, unique=True
     ),
+    before=st.sampled_from([0, 1, 50, 3000]),
+    warm=st.sampled_from([0, 1, 50, 2500]),
     data=st.data(),
 )
-def test_no_token_is_read_twice_and_every_sequence_goes_on(wanted: list[Mode], data: st.DataObject) -> None:
-    needed = sum(mode.tokens for mode in wanted)
+def test_no_token_is_read_twice_and_every_sequence_goes_on(
+    wanted: list[Mode], before: int, warm: int, data: st.DataObject
+) -> None:
+    needed = before + sum(mode.tokens for mode in wanted)
     starts = data.draw(st.sets(st.integers(1, needed - 1)).map(sorted))
     text = TokenFile(Path("t"), np.arange(needed, dtype=np.uint32), np.array([0, *starts]), needed, needed, 0, "")
-    excerpts, seen = Excerpts(text, wanted), []
+    excerpts, seen = Excerpts(text, wanted, warm), []
+    assert excerpts.warm == min(before, warm)
+    for ids, doc_start in excerpts.warming():
+        assert ids.shape == doc_start.shape and len(ids) == 1
+        assert doc_start.flatten().tolist() == [i in (0, *starts) for i in ids.flatten().tolist()]
+        seen += ids.flatten().tolist()
+    assert seen == list(range(before - excerpts.warm, before))
     for mode in wanted:
         reads = list(excerpts.reads(mode))
         assert len(reads) == mode.reads + WARM_UP
@@ -130,7 +153,7 @@ def test_no_token_is_read_twice_and_every_sequence_goes_on(wanted: list[Mode], d
         whole = torch.cat([ids for ids, _ in reads], 1)
         assert (whole.diff(dim=1) == 1).all()
         seen += whole.flatten().tolist()
-    assert sorted(seen) == list(range(needed))
+    assert sorted(seen) == list(range(before - excerpts.warm, needed))
 
 
 def test_a_text_that_is_too_short() -> None:
@@ -167,6 +190,44 @@ def test_a_read_without_a_limit_or_a_count_has_dashes() -> None:
     assert [measured.case for measured in one.measurements()] == ["read", "p99", "rows", "delivered", "distinct"]
 
 
+def test_a_cache_is_filled_in_front_of_every_placement_but_device(make_stand: Callable[..., LookupStand]) -> None:
+    stand, mode = make_stand(cache=64_000_000), Mode(1, 16, 3)
+    for placement in ("disk", "disk-direct", "host"):
+        few, all_of_them = (
+            stand.time(placement, [mode], Excerpts(text_of(120 + mode.tokens), [mode], warm))[0].hits
+            for warm in (0, 120)  # the text begins again after 60 tokens
+        )
+        assert few is not None and all_of_them is not None
+        assert few.asked == all_of_them.asked == dict.fromkeys((2, 3, 4), 3 * 16 * 2)
+        assert few.together < all_of_them.together == 1.0
+    (one,) = stand.time("device", [mode], Excerpts(text_of(120 + mode.tokens), [mode], 120))
+    assert one.hits is None and hit_rows([one]) == (["hits"], [])
+
+
+def test_hits_are_those_of_timed_reads_alone(make_stand: Callable[..., LookupStand]) -> None:
+    """Warm-up reads and a sample of one token again and again are found; the text that is timed has no n-gram twice."""
+    stand, mode = make_stand(cache=64_000_000), Mode(1, 4, 5)
+    tokens = np.concatenate((np.zeros(CHECKED + 4 * WARM_UP, np.uint16), np.arange(1, 21, dtype=np.uint16)))
+    text = replace(text_of(len(tokens)), tokens=tokens)
+    (one,) = stand.time("host", [mode], Excerpts(text, [mode]))
+    found = {measured.case: measured.samples for measured in one.measurements()}
+    assert list(found)[-4:] == ["hits", "hits-order-2", "hits-order-3", "hits-order-4"]
+    assert found["hits"] == found["hits-order-2"] == found["hits-order-4"] == [0.0]
+    assert hit_rows([one]) == (["hits", "2-grams", "3-grams", "4-grams"], [["host", "prefill-4", *["0 %"] * 4]])
+
+
+def test_hits_between_two_counts() -> None:
+    def counts(*numbers: int) -> dict[str, int]:
+        return dict(zip(("hits", "repeats", "misses", "evictions", "overflow"), numbers, strict=True))
+
+    before = {(1, 2): counts(5, 1, 4, 2, 0), (1, 3): counts(1, 1, 1, 0, 0), (14, 2): counts(0, 0, 0, 0, 0)}
+    after = {(1, 2): counts(8, 2, 4, 2, 0), (1, 3): counts(1, 2, 4, 3, 3), (14, 2): counts(2, 0, 2, 0, 0)}
+    hits = Hits.between(before, after)
+    assert hits is not None and hits.asked == {2: 8, 3: 4} and hits.found == {2: 5, 3: 0}
+    assert hits.rates == {2: 5 / 8, 3: 0.0} and hits.together == 5 / 12
+    assert Hits.between({}, {}) is None
+
+
 def test_a_bank_with_other_rows_is_not_timed(stand: LookupStand, tmp_path: Path) -> None:
     other = synthesise_layers(tmp_path / "other", SMALL, 6_000, None)
     stand.tables[14] = other[1]  # the rows of another layer
@@ -188,6 +249,15 @@ def test_dropped_pages_come_from_the_disk_again(stand: LookupStand, tmp_path: Pa
     if not _counts_what_comes_from_the_disk(tmp_path / "file"):
         pytest.skip("these files are in memory, or the system does not count what comes from the disk")
     assert warm.from_disk == 0 and cold.from_disk is not None and cold.from_disk > 0
+
+
+def test_pages_are_dropped_behind_a_cache_too(make_stand: Callable[..., LookupStand]) -> None:
+    bank = make_stand(cache=4_000_000).bank("disk")
+    dropped: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiskStore, "drop_pages", lambda store: dropped.append(store))
+        drop_pages(bank)
+    assert len(dropped) == 1 and isinstance(dropped[0], DiskStore)
 
 
 def _counts_what_comes_from_the_disk(path: Path) -> bool:

@@ -25,7 +25,7 @@ def few_reads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def text(corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    return ("--text", str(corpus_file), "--cache", str(tmp_path_factory.mktemp("cache")))
+    return ("--text", str(corpus_file), "--text-cache", str(tmp_path_factory.mktemp("cache")))
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -58,9 +58,34 @@ def test_every_placement_prefill_and_decode(engram, tmp_path, text):
     page = (out / "lookup.html").read_text()
     chart = ElementTree.fromstring(page[page.index("<figure>") : page.index("</figure>") + len("</figure>")])
     assert "disk-direct, decode-5" in " ".join(chart.itertext()) and chart.findall(".//rect")
+    assert "Hit rates" not in page and "4-grams" not in done.out and "cache=" not in rows[0]["settings"]
     assert "told to drop" in page and "told to drop" in done.out and "memory-gather" in done.out
     assert sorted(path.name for path in out.iterdir()) == ["lookup.csv", "lookup.html"]
     assert [path.name for path in tmp_path.iterdir()] == ["bench"]  # the tables are gone
+
+
+def test_a_cache_is_filled_and_its_hits_are_told(engram, tmp_path, text):
+    out = tmp_path / "bench"
+    options = ("--rows", "6000", "--cache", "2MB", "--warm", "500", "--out", str(out))
+    done = engram("bench", "lookup", *READS, *text, *options, "--placement", "disk", "--placement", "host")
+    assert done.code == 0 and not done.err, done
+    rows = [row for row in rows_of(out / "lookup.csv") if row["placement"] != "limit"]
+    assert all("cache=2000000 warmed=500" in row["settings"] for row in rows)
+    rates: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        if row["case"].startswith("hits"):
+            assert row["unit"] == "of n-grams" and 0 <= float(row["value"]) <= 1
+            rates.setdefault((row["placement"], row["read"]), {})[row["case"]] = row["value"]
+    assert list(rates) == [
+        (place, read) for place in ("disk", "host") for read in ("prefill-32", "decode-1", "decode-5")
+    ]
+    for read, found in rates.items():
+        assert list(found) == ["hits", "hits-order-2", "hits-order-3", "hits-order-4"], read
+        assert float(found["hits-order-2"]) >= float(found["hits-order-4"])
+    page = (out / "lookup.html").read_text()
+    for shown in (page, " ".join(done.out.split())):
+        assert "filled by 500 tokens of the text before" in shown and "4-grams" in shown
+    assert "Hit rates of the cache" in page
 
 
 def test_tables_are_kept_and_read_again(engram, tmp_path, text):
@@ -93,6 +118,9 @@ def test_the_scheme_of_qwen_with_rows_in_one_file(engram, tmp_path, text):
         (("--tables", "nowhere", "--rows", "40"), ("--rows, --codec and --keep are of tables to make",)),
         (("--tables", "nowhere"), ("nowhere",)),
         (("--chunk", "100000"), ("tokens, and", "would be read: lower --chunk")),
+        (("--cache", "8 pounds"), ("'8 pounds' is no size", "as in '8GB'")),
+        (("--cache", "1kB"), ("A cache of 1,000 bytes is too small: give",)),
+        (("--cache", "8GB", "--placement", "device"), ("other placements than device", "leave it out")),
         (("--device", "gpu"), ("no device 'gpu'", "use 'cpu' or 'cuda'")),
     ],
 )

@@ -60,17 +60,19 @@ def test_every_verb_and_every_option_has_help_text():
 
     command = typer.main.get_command(app)
     assert set(command.commands) == set(VERBS)
-    below = {f"bench {name}": verb for name, verb in command.commands["bench"].commands.items()}
+    groups = {group: command.commands[group].commands for group in ("bench", "table")}
+    below = {f"{group} {name}": verb for group, verbs in groups.items() for name, verb in verbs.items()}
+    assert set(below) == {" ".join(words) for words in SUBVERBS}
     for name, verb in {**command.commands, **below}.items():
         assert verb.help and verb.help.strip()[0].isupper(), name
         for parameter in verb.params:
             assert parameter.name == "help" or parameter.help, (name, parameter.name)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_the_help_of_a_verb(engram, verb):
-    done = engram(verb, "--help")
-    assert done.code == 0 and f"engram {verb}" in done.out.replace("Usage: ", "")
+@pytest.mark.parametrize("words", [*([verb] for verb in VERBS), *SUBVERBS], ids=" ".join)
+def test_the_help_of_a_verb(engram, words):
+    done = engram(*words, "--help")
+    assert done.code == 0 and f"engram {' '.join(words)}" in done.out.replace("Usage: ", "")
 
 
 def test_recipes_are_listed_one_a_line(engram_process, capsys, monkeypatch):

@@ -1,9 +1,9 @@
 """Lookups from token ids on the host to the embeddings of all layers, on a bank that is only read: how long they take.
 
 Text is natural and fresh: no stretch of it is read twice by one bank, for rows that were read lately may be in some
-cache. Two kinds of reads: chunks of one sequence that goes on (prefill), and one token each of many sequences that
-replay different places of the text (decode). Nothing is overlapped. A bank whose embeddings are not those of the rows
-in the files is not timed.
+cache; a cache of the bank's own is filled with other text first. Two kinds of reads: chunks of one sequence that goes
+on (prefill), and one token each of many sequences that replay different places of the text (decode). Nothing is
+overlapped. A bank whose embeddings are not those of the rows in the files is not timed.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torch_engram.bench.cache_hits import Hits
 from torch_engram.bench.results import Measurement
 from torch_engram.bench.timing import median
 from torch_engram.data import TokenFile
 from torch_engram.memory import MemoryBank, Tokens
-from torch_engram.stores import DiskStore, FileRows, RowFormat, make_keys
+from torch_engram.stores import DiskStore, FileRows, NgramCache, RowFormat, make_keys
 
 WARM_UP = 3
 """Reads before those that are timed."""
 CHECKED = 24
 """Tokens whose embeddings are compared with the files before."""
+_WARM_CHUNK = 1024
+"""Tokens of a read that fills a cache."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,13 @@ def modes(chunk: int, chunks: int, sequences: Sequence[int], steps: int) -> list
 
 
 class Excerpts:
-    """Fresh text for every mode: stretches of a token file, one after the other.
+    """Fresh text for every mode: stretches at the end of a token file, one after the other.
 
-    Raises ``ValueError`` for a text that is too short.
+    ``warm``: tokens before them that fill a cache, fewer where the text has no more. Raises ``ValueError`` for a text
+    that is too short for the modes.
     """
 
-    def __init__(self, text: TokenFile, wanted: Sequence[Mode]):
+    def __init__(self, text: TokenFile, wanted: Sequence[Mode], warm: int = 0):
         needed = sum(mode.tokens for mode in wanted)
         if needed > len(text):
             raise ValueError(
@@ -72,7 +76,9 @@ class Excerpts:
         self._first: dict[Mode, int] = {}
         self.sample = torch.from_numpy(text.tokens[:CHECKED].astype(np.int64))[None]
         """Ids ``[1, T]`` to check a bank with."""
-        at = 0
+        at = self._timed = len(text) - needed
+        self.warm: int = min(warm, at)
+        """Tokens that fill a cache."""
         for mode in wanted:
             self._first[mode] = at
             at += mode.tokens
@@ -80,12 +86,22 @@ class Excerpts:
     def reads(self, mode: Mode) -> Iterator[tuple[Tensor, Tensor]]:
         """Ids int64 and document starts ``[sequences, length]`` of every read; each sequence goes on from one read to
         the next."""
-        stretch = slice(self._first[mode], self._first[mode] + mode.tokens)
-        ids = torch.from_numpy(self._text.tokens[stretch].astype(np.int64)).view(mode.sequences, -1)
-        starts = torch.zeros(mode.tokens, dtype=torch.bool)
-        inside = self._text.starts[(self._text.starts >= stretch.start) & (self._text.starts < stretch.stop)]
-        starts[torch.from_numpy(inside - stretch.start)] = True
-        yield from zip(ids.split(mode.length, 1), starts.view(mode.sequences, -1).split(mode.length, 1), strict=True)
+        ids, starts = (part.view(mode.sequences, -1) for part in self._stretch(self._first[mode], mode.tokens))
+        yield from zip(ids.split(mode.length, 1), starts.split(mode.length, 1), strict=True)
+
+    def warming(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Ids and document starts ``[1, T]`` of the reads that fill a cache, one sequence that goes on."""
+        if self.warm:
+            ids, starts = (part[None] for part in self._stretch(self._timed - self.warm, self.warm))
+            yield from zip(ids.split(_WARM_CHUNK, 1), starts.split(_WARM_CHUNK, 1), strict=True)
+
+    def _stretch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Ids int64 and document starts of so many tokens, both flat."""
+        ids = torch.from_numpy(self._text.tokens[first : first + count].astype(np.int64))
+        starts = torch.zeros(count, dtype=torch.bool)
+        inside = self._text.starts[(self._text.starts >= first) & (self._text.starts < first + count)]
+        starts[torch.from_numpy(inside - first)] = True
+        return ids, starts
 
 
 @dataclass(frozen=True)
@@ -126,6 +142,8 @@ class LookupTimes:
     """Rows that a read asks for: tokens times columns, over all layers."""
     row_bytes: int
     limit: Measurement | None
+    hits: Hits | None = None
+    """What a cache found; None without one."""
 
     @property
     def microseconds(self) -> list[float]:
@@ -173,22 +191,36 @@ class LookupTimes:
         yield Measurement("distinct", self.distinct, "of rows")
         if self.from_disk is not None:
             yield Measurement("from-disk", self.from_disk, "MB")
+        if self.hits is not None:
+            yield from self.hits.measurements()
 
 
 def time_lookups(
     bank: MemoryBank, placement: str, mode: Mode, excerpts: Excerpts, limit: Measurement | None, cold: bool = False
 ) -> LookupTimes:
     """Time one mode on a bank. ``cold``: what the system keeps of the files in memory is dropped before every read."""
-    history, reads = bank.new_history(), []
+    history, before = bank.new_history(), bank.cache_counts()
+    reads: list[Read] = []
     for ids, doc_start in excerpts.reads(mode):
+        if len(reads) == WARM_UP:
+            before = bank.cache_counts()
         if cold:
             drop_pages(bank)
         reads.append(Read.take(bank, Tokens(ids, doc_start=doc_start, history=history)))
+    hits = Hits.between(before, bank.cache_counts())
     fields = bank.source(bank.tables[0]).store.layout.fields
     row_bytes = sum(field.component.nbytes for field in fields)
-    return LookupTimes(
-        placement, mode, reads[WARM_UP:], rows_asked(bank, mode.sequences * mode.length), row_bytes, limit
-    )
+    asked = rows_asked(bank, mode.sequences * mode.length)
+    return LookupTimes(placement, mode, reads[WARM_UP:], asked, row_bytes, limit, hits)
+
+
+def warm_cache(bank: MemoryBank, excerpts: Excerpts) -> None:
+    """Fill a bank's cache with rows of the text before that which is timed."""
+    history = bank.new_history()
+    for ids, doc_start in excerpts.warming():
+        memory = bank.read(Tokens(ids, doc_start=doc_start, history=history))
+        for layer in bank.config.layers:
+            memory.wait(layer)
 
 
 def rows_asked(bank: MemoryBank, tokens: int) -> int:
@@ -197,8 +229,9 @@ def rows_asked(bank: MemoryBank, tokens: int) -> int:
 
 
 def drop_pages(bank: MemoryBank) -> None:
-    """Let the system forget what it keeps in memory of files that a bank reads in place."""
+    """Let the system forget what it keeps in memory of files that a bank reads in place; a bank's cache stays."""
     for store in {bank.source(table).store for table in bank.tables}:
+        store = store.store if isinstance(store, NgramCache) else store
         if isinstance(store, DiskStore):
             store.drop_pages()
 

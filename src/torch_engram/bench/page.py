@@ -92,10 +92,15 @@ def lookup_page(
     chart = bar_groups(series, names, title="GB/s, each group to its own scale", show=digits)
     rows = [(escape(name), lookup_cells(one)) for name, one in zip(names, timed, strict=True)]
     body = legend(entries) + f'<div class="charts">{chart}</div>' + table(["read", *LOOKUP_HEAD], rows)
+    orders, hits = hit_rows(timed)
+    cached = section("Hit rates of the cache", table(["read", *orders], [
+        (escape(f"{placement}, {mode}"), cells) for placement, mode, *cells in hits
+    ])) if hits else ""  # fmt: skip
     of_limits = [(escape(one.case), limit_cells(one)) for one in found]
     return _page(
         "Lookups", device, settings,
         section("Reads, times in microseconds", body, *notes)
+        + cached
         + section("Limits measured in the same run", table(["limit", "rate", "unit", "what it is"], of_limits)),
     )  # fmt: skip
 
@@ -108,6 +113,15 @@ def lookup_cells(one: LookupTimes) -> list[str]:
     rates = (digits(median(one.rows_per_second) / 1e6), digits(median(one.delivered)))
     times = map(digits, (*quantiles(one.microseconds), one.p99))
     return [*times, *rates, limit, ratio, percent(median(one.distinct)), disk]
+
+
+def hit_rows(timed: Sequence[LookupTimes]) -> tuple[list[str], list[list[str]]]:
+    """Columns of hit rates, and the texts of what had a cache: placement, mode, all orders together, then each."""
+    found = [(one.placement, one.mode.name, one.hits) for one in timed if one.hits is not None]
+    rows = [
+        [placement, mode, *map(percent, (hits.together, *hits.rates.values()))] for placement, mode, hits in found
+    ]  # fmt: skip
+    return ["hits", *(f"{order}-grams" for order in (found[0][2].rates if found else ()))], rows
 
 
 def limit_cells(one: Measurement) -> list[str]:

@@ -48,7 +48,14 @@ def lookup(
     tokenizer: Annotated[
         str | None, typer.Option(help="A tokenizer.json, its folder or a model's name; by default trained on the text.")
     ] = None,
-    cache: Annotated[Path, typer.Option(help="Where the tokenised text is kept.")] = Path("runs/cache"),
+    text_cache: Annotated[Path, typer.Option(help="Where the tokenised text is kept.")] = Path("runs/cache"),
+    cache: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="A cache in front of all but device, such as 8GB; by default none."),
+    ] = None,
+    warm: Annotated[
+        int, typer.Option(min=0, help="Tokens that fill the cache first, of the text before that which is timed.")
+    ] = 250_000,
     chunk: Annotated[int, typer.Option(min=2, help="Tokens of a prefill read.")] = 8192,
     chunks: Annotated[int, typer.Option(min=0, help="Prefill reads that are timed.")] = 12,
     sequences: Annotated[
@@ -74,6 +81,7 @@ def lookup(
     from torch_engram.bench.lookup_tables import choose_layers, synthesise_layers, tables_at
     from torch_engram.bench.lookups import Excerpts, modes, require_cold
     from torch_engram.bench.results import require_writable
+    from torch_engram.stores.budget import byte_count
     from torch_engram.train.build import require_device
 
     console = Console()
@@ -84,6 +92,9 @@ def lookup(
     if cold:
         require_cold()
     chosen = choose_placements(placements or [], device)
+    budget = None if cache is None else byte_count(cache)
+    if budget is not None and chosen == ["device"]:
+        raise ValueError("--cache stands in front of other placements than device: leave it out, or name another.")
     require_writable(out)  # now, and not after all was timed
     there = next(path for path in out.absolute().parents if path.exists())  # /tmp may be memory
     wanted = modes(chunk, chunks, sequences or [1, 512], steps)
@@ -91,8 +102,8 @@ def lookup(
         console.status("Reading the text") as status,
         tempfile.TemporaryDirectory(prefix="engram-tables-", dir=there) as beside,
     ):
-        content = read_text(text, tokenizer, cache)
-        excerpts = Excerpts(content.files.train, wanted)
+        content = read_text(text, tokenizer, text_cache)
+        excerpts = Excerpts(content.files.train, wanted, warm if budget else 0)
         config = config_for(preset, content, layers or [])
         if tables is None:
             status.update("Making tables of random rows")
@@ -100,30 +111,35 @@ def lookup(
         else:
             found = choose_layers(tables_at(tables, config.layers[0]), layers or [])
         status.update("Measuring what this machine could do")
-        stand = LookupStand(found, config, content.vocab, torch.device(device), cold)
+        stand = LookupStand(found, config, content.vocab, torch.device(device), cold, budget)
         timed = []
         for placement in chosen:
-            status.update(f"Timing {placement}")
+            fills = budget is not None and placement != "device"
+            status.update(f"{'Filling a cache, then timing' if fills else 'Timing'} {placement}")
             timed += stand.time(placement, wanted, excerpts)
-    _show(console, stand, timed)
-    _write(out, stand, timed, f"{stand.describe()} text={text}")
+    described, notes = stand.describe(excerpts.warm), stand.notes(excerpts.warm)
+    _show(console, stand, timed, [f"Microseconds a read. {described}.", *notes])
+    _write(out, stand, timed, f"{described} text={text}", notes)
     console.print(f"Wrote {out / 'lookup.csv'} and {out / 'lookup.html'}.", soft_wrap=True)
 
 
-def _show(console: Console, stand: LookupStand, timed: Sequence[LookupTimes]) -> None:
-    from torch_engram.bench.page import LOOKUP_HEAD, limit_cells, lookup_cells
+def _show(console: Console, stand: LookupStand, timed: Sequence[LookupTimes], notes: Sequence[str]) -> None:
+    from torch_engram.bench.page import LOOKUP_HEAD, hit_rows, limit_cells, lookup_cells
 
     console.print(text_table(
         ["placement", "read", *LOOKUP_HEAD], [[one.placement, one.mode.name, *lookup_cells(one)] for one in timed]
     ))  # fmt: skip
+    head, hits = hit_rows(timed)
+    if hits:
+        console.print(text_table(["placement", "read", *head], hits))
     console.print(text_table(["limit", "rate", "unit", "what it is"], [
         [one.case, *limit_cells(one)] for one in stand.limits.values()
     ]))  # fmt: skip
-    for note in (f"Microseconds a read. {stand.describe()}.", *stand.notes()):
+    for note in notes:
         console.print(note, soft_wrap=True)
 
 
-def _write(out: Path, stand: LookupStand, timed: Sequence[LookupTimes], settings: str) -> None:
+def _write(out: Path, stand: LookupStand, timed: Sequence[LookupTimes], settings: str, notes: Sequence[str]) -> None:
     from torch_engram.bench.page import lookup_page
     from torch_engram.bench.results import write_csv
     from torch_engram.durable import replacing
@@ -133,4 +149,4 @@ def _write(out: Path, stand: LookupStand, timed: Sequence[LookupTimes], settings
     rows += [((one.placement, one.mode.name, settings), measured) for one in timed for measured in one.measurements()]
     write_csv(out / "lookup.csv", ("placement", "read", "settings"), rows, device)
     with replacing(out / "lookup.html") as file:
-        file.write(lookup_page(timed, list(stand.limits.values()), device, settings, stand.notes()).encode())
+        file.write(lookup_page(timed, list(stand.limits.values()), device, settings, notes).encode())
