@@ -49,7 +49,8 @@ def table() -> str:
                 measured = f"{number(row['value'])} {claim['unit']}"
                 reached, device = "yes" if met(claim["goal"], row["value"]) else "**no**", row["device"]
             goal = claim["goal"].replace(">=", "≥").replace("<=", "≤")
-            cells = (f"[{claim['id']}]({claim['script']})", claim["what"], f"{goal} {claim['unit']}")
+            what = claim["what"] if len(claim["cases"]) == 1 else f"{claim['what']}: `{case}`"
+            cells = (f"[{claim['id']}]({claim['script']})", what, f"{goal} {claim['unit']}")
             lines.append("| " + " | ".join((*cells, measured, reached, device)) + " |")
     return "\n".join(lines)
 

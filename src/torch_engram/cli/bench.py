@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from torch_engram.cli.tables import print_whole
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -70,7 +72,7 @@ def ops(
         for name in names:
             status.update(f"Timing {name}")
             timed.append(stand.time(name))
-    console.print(_ops_table(timed, against))
+    print_whole(console, _ops_table(timed, against))
     console.print(f"Milliseconds. {sizes.describe()}; copies move {stand.copy_rate / 1e9:.3g} TB/s.", soft_wrap=True)
     if device == "cpu":
         console.print("Without a GPU no kernel runs: most ops are plain PyTorch in both forms.", soft_wrap=True)
@@ -124,7 +126,7 @@ def step(
     require_writable(out)  # now, and not after all was timed
     with tempfile.TemporaryDirectory() as folder, console.status("Reading the corpus, then training in turns"):
         timed = time_steps(Runs(folder), chosen, against, turns, steps)
-    console.print(_step_table(timed, against))
+    print_whole(console, _step_table(timed, against))
     rates = {one.recipe.dtype: one.flops_per_ms / 1e9 for one in timed}
     peak = ", ".join(f"{rate:,.3g} TFLOP/s in {dtype}" for dtype, rate in rates.items())
     console.print(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from torch_engram.cli.bench import Out, text_table
+from torch_engram.cli.tables import print_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,7 +82,7 @@ def lookup(
     from torch_engram.bench.lookup_tables import choose_layers, synthesise_layers, tables_at
     from torch_engram.bench.lookups import Excerpts, modes, require_cold
     from torch_engram.bench.results import require_writable
-    from torch_engram.stores.budget import byte_count
+    from torch_engram.sizes import parse_size
     from torch_engram.train.build import require_device
 
     console = Console()
@@ -91,8 +92,10 @@ def lookup(
         raise ValueError("--rows, --codec and --keep are of tables to make: leave them out, or leave out --tables.")
     if cold:
         require_cold()
+    if not chunks and not steps:
+        raise ValueError("With --chunks 0 and --steps 0 nothing is read: leave out one of them.")
     chosen = choose_placements(placements or [], device)
-    budget = None if cache is None else byte_count(cache)
+    budget = None if cache is None else parse_size(cache)
     if budget is not None and chosen == ["device"]:
         raise ValueError("--cache stands in front of other placements than device: leave it out, or name another.")
     require_writable(out)  # now, and not after all was timed
@@ -126,13 +129,13 @@ def lookup(
 def _show(console: Console, stand: LookupStand, timed: Sequence[LookupTimes], notes: Sequence[str]) -> None:
     from torch_engram.bench.page import LOOKUP_HEAD, hit_rows, limit_cells, lookup_cells
 
-    console.print(text_table(
+    print_whole(console, text_table(
         ["placement", "read", *LOOKUP_HEAD], [[one.placement, one.mode.name, *lookup_cells(one)] for one in timed]
     ))  # fmt: skip
     head, hits = hit_rows(timed)
     if hits:
-        console.print(text_table(["placement", "read", *head], hits))
-    console.print(text_table(["limit", "rate", "unit", "what it is"], [
+        print_whole(console, text_table(["placement", "read", *head], hits))
+    print_whole(console, text_table(["limit", "rate", "unit", "what it is"], [
         [one.case, *limit_cells(one)] for one in stand.limits.values()
     ]))  # fmt: skip
     for note in notes:

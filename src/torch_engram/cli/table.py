@@ -10,15 +10,13 @@ from typing import Annotated
 import typer
 
 from torch_engram.cli.convert import convert
+from torch_engram.cli.tables import print_whole
 
 table = typer.Typer(
     name="table",
     help="Look into the files of a table, check them, convert them, or make some.",
     no_args_is_help=True,
 )
-
-_ANY_WIDTH = 1000
-"""Of a table that is piped: a name is not broken."""
 
 Where = Annotated[
     Path, typer.Argument(metavar="PATH", help="A .safetensors file, a folder of shards, or a saved memory.")
@@ -43,8 +41,7 @@ def info(path: Where) -> None:
         shown.add_column(name, justify="left" if name in ("table", "layout", "codec") else "right", overflow="fold")
     for line in _memory_lines(path) if is_memory(path) else _tensor_lines(path):
         shown.add_row(*map(Text, line))
-    console = Console()
-    console.print(shown, width=None if console.is_terminal else _ANY_WIDTH, crop=False)
+    print_whole(Console(), shown)
 
 
 def _memory_lines(folder: Path) -> Iterator[tuple[str, ...]]:

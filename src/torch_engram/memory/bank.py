@@ -89,7 +89,7 @@ class MemoryBank:
             files = FileTables(tables, self.tables, codec, placement)
             self.codec = files.codec
             return files.make_store
-        if placement in IN_PLACE:
+        if isinstance(placement, str) and placement in IN_PLACE:
             raise ValueError(f"placement={placement!r} reads tables in files: give tables=, or use open_bank().")
         self.codec = codec or "fp32"
         require_known(self.codec, placement)
