@@ -46,7 +46,7 @@ def reference() -> dict[tuple[str, str], Any]:
 
 @pytest.mark.parametrize("optimizer, codec", [("adam", "bf16"), ("rowwise_adam", "fp32")])
 @pytest.mark.parametrize("where", ["device", "host", "late-1", "late-7"])
-@pytest.mark.parametrize("depth", range(5))
+@pytest.mark.parametrize("depth", [0, 1, 4])
 def test_one_trajectory_bit_for_bit(
     make_bank: Make,
     train: Run,
