@@ -138,7 +138,7 @@ def _update(batch: list[_Piece], group: dict[str, Any]) -> None:
 
 
 def _product_type(device: torch.device) -> torch.dtype:
-    """bf16, but for CPUs that have no products in it: there they take fifty times as long as in fp32."""
+    """bf16, but for CPUs that have no products in it: there they take many times as long as in fp32 (dev/LOG.md)."""
     slow = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.float32 if slow else torch.bfloat16
 
