@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch_engram.config import EngramConfig
     from torch_engram.fusion import Engram
     from torch_engram.memory import (
+        DecodeMemory,
         FixedMemory,
         Memory,
         MemoryBank,
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 _ROOMS = {
     "Addressing": "addressing",
     "CanonicalVocab": "addressing",
+    "DecodeMemory": "memory",
     "Decoder": "models",
     "DecoderConfig": "models",
     "Engram": "fusion",
@@ -53,6 +55,7 @@ _ROOMS = {
 __all__ = [
     "Addressing",
     "CanonicalVocab",
+    "DecodeMemory",
     "Decoder",
     "DecoderConfig",
     "Engram",

@@ -108,7 +108,8 @@ def test_only_asked_positions_are_checked_and_given_rows() -> None:
     hashes = Hashes.of(addressing.layouts.values(), None, 40, addressing.pad, DEVICE)
     tokens = torch.randint(40, (2, 9), device=DEVICE)
     flags = torch.zeros_like(tokens, dtype=torch.bool)
-    mixes, rows, stranger = address_triton(tokens, flags, flags, 4, hashes, True)
+    stranger = torch.zeros(1, dtype=torch.bool, device=DEVICE)
+    mixes, rows = address_triton(tokens, flags, flags, 4, hashes, True, stranger)
     assert mixes.shape == (2, 2, 5, 2) and rows.shape == (2, 2, 5, 16) and not stranger.item()
     for index, layer in enumerate(LAYERS):
         assert torch.equal(rows[index], addressing.rows(addressing.windows(tokens)[:, 4:], layer)[1])

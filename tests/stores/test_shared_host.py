@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,23 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torch_engram.stores import (
-    FileRows,
-    Plane,
-    RecordLayout,
-    SharedHostStore,
-    host_reads,
-    make_keys,
-    shared_host,
-    shared_memory,
-)
+from torch_engram.stores import FileRows, Plane, RecordLayout, SharedHostStore, make_keys, shared_host, shared_memory
 from torch_engram.stores.gather import gather_rows
-from torch_engram.stores.host_reads import DirectReads, HostReads, Staging, break_even
 from torch_engram.stores.loaded import reencode
 from torch_engram.stores.named_tables import find_tables
 from torch_engram.stores.recycled import _free, recycled
 from torch_engram.stores.synthetic import synthesise
-from torch_engram.stores.table import RecordTable
 from torch_engram.stores.tensor_files import tensors_in
 
 CPU = torch.device("cpu")
@@ -138,111 +125,6 @@ def test_memory_of_results_is_used_again_only_when_nobody_holds_them() -> None:
     again.clear()
     assert len(_free) == 2 and recycled(1 << 20, 4).shape == (1 << 20, 4)
     assert recycled(0, 8).shape == (0, 8) and recycled(7, 8).shape == (7, 8)
-
-
-def random_table(rows: int = 50, width: int = 6) -> RecordTable:
-    table = RecordTable(RecordLayout((Plane("value", width, "fp32"),)), {0: rows, 3: 7}, CPU)
-    table.records.random_(256)
-    return table
-
-
-@pytest.mark.parametrize("staging", [1, 24 * 3 * 7, 1 << 20])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_staging_moves_pieces_in_order(monkeypatch: pytest.MonkeyPatch, staging: int, device: str) -> None:
-    monkeypatch.setattr(host_reads, "STAGING", staging)
-    table = random_table()
-    stage = Staging(torch.device(device), table.layout.nbytes)
-    for wanted in (0, 1, 7, 8, 300):
-        index = torch.randint(57, (wanted,))
-        assert torch.equal(stage.fetch(table.records, index).cpu(), table.records[index])
-
-
-@pytest.mark.parametrize("direct, staged, expected", [
-    ([1, 2, 9], [3, 4, 5], 30), ([1, 5, 9], [3, 4, 5], 20), ([4, 5, 9], [3, 4, 5], 10), ([9, 1, 9], [3, 4, 5], 30),
-    ([1, 2, 3], [3, 4, 5], sys.maxsize),
-])  # fmt: skip
-def test_staging_begins_where_it_is_quicker_from_there_on(
-    direct: list[float], staged: list[float], expected: int
-) -> None:
-    assert break_even([10, 20, 30], direct, staged) == expected
-
-
-class Runtime:
-    """CUDA's part that pins memory, which refuses or does nothing."""
-
-    def __init__(self, refusal: int):
-        self.refusal, self.pinned = refusal, list[int]()
-
-    def cudaHostRegister(self, at: int, size: int, flags: int) -> int:
-        self.pinned += [] if self.refusal else [at]
-        return self.refusal
-
-    def cudaHostUnregister(self, at: int) -> int:
-        self.pinned.remove(at)
-        return 0
-
-
-@pytest.fixture
-def runtime_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Runtime]:
-    def make(refusal: int) -> Runtime:
-        runtime = Runtime(refusal)
-        monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-        return runtime
-
-    return make
-
-
-def test_a_table_that_cannot_be_pinned_is_gathered_by_the_cpu_with_a_warning(runtime_of: Any) -> None:
-    runtime_of(2)
-    table, keys = random_table(), torch.tensor([3, 1, 49])
-    with pytest.warns(UserWarning, match=r"cannot be pinned \(CUDA error 2 for 0\.0 GB\): the CPU gathers") as caught:
-        reads = HostReads(table, CPU, lambda: table.records.numpy().reshape(-1))
-    assert len(caught) == 1
-    for _ in range(2):
-        assert torch.equal(reads.fetch(keys), table.records[keys])
-
-
-def test_the_gpus_own_reads_give_the_same_rows(runtime_of: Any) -> None:
-    runtime, table = runtime_of(0), random_table()
-    memory: Any = table.records.numpy().reshape(-1)
-    reads = [DirectReads(table, memory, CPU)]
-    keys = torch.cat((make_keys(3, torch.tensor([6, 0])), torch.tensor([0, 49, 7, 7])))
-    assert torch.equal(reads[0].fetch(keys), table.gather(keys))
-    assert reads[0].fetch(keys[:0]).shape == (0, 24) and runtime.pinned == [memory.ctypes.data]
-    reads.clear()
-    assert not runtime.pinned
-
-
-def test_few_rows_are_read_by_the_gpu_and_many_are_staged(runtime_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime_of(0)
-    monkeypatch.setattr(host_reads, "_measure", lambda *_: 3)
-    monkeypatch.setattr(host_reads, "use_kernels", lambda keys: True)
-    table, direct = random_table(), list[int]()
-    reads = HostReads(table, CPU, lambda: table.records.numpy().reshape(-1))
-    assert reads.staged_from == 3 and reads._direct is not None
-    real = reads._direct.fetch
-    monkeypatch.setattr(reads._direct, "fetch", lambda keys: (direct.append(len(keys)), real(keys))[1])
-    for wanted in (0, 2, 3, 50):
-        keys = torch.randint(50, (wanted,))
-        assert torch.equal(reads.fetch(keys), table.records[keys])
-    assert direct == [0, 2]
-    monkeypatch.setattr(host_reads, "use_kernels", lambda keys: False)
-    assert torch.equal(reads.fetch(keys[:1]), table.records[keys[:1]]) and direct == [0, 2]
-
-
-def test_the_ways_are_measured_with_rows_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(host_reads, "_SIZES", (1, 4, 16))
-    table, sizes = random_table(), set[int]()
-
-    def way(keys: torch.Tensor) -> torch.Tensor:
-        sizes.add(len(keys))
-        return table.gather(keys)
-
-    assert host_reads._measure(table, CPU, way, way) in (1, 4, 16, sys.maxsize)
-    assert sizes == {1, 4, 16}
-    monkeypatch.setattr(host_reads, "_MOST_SECONDS", -1.0)
-    assert host_reads._measure(table, CPU, way, way) == sys.maxsize
 
 
 @pytest.mark.gpu

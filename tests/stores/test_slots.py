@@ -60,7 +60,9 @@ def keys_of(reads: Reads) -> list[Tensor]:
 def check(slots: Slots, reads: Reads) -> Found:
     """Serve a batch; every read gets its own records, whatever was evicted for the others."""
     before, there = slots.counts.clone(), slots.tags.clone()
+    slots.tick()
     found = slots.find(reads)
+    found = found.first(int(found.count))
     fetched = record_of(found.keys)
     slots.fill(found, fetched)
     for where, keys in zip(found.where.tolist(), keys_of(reads), strict=True):
@@ -156,8 +158,8 @@ def test_tags_at_both_ends() -> None:
 def test_what_was_not_filled_is_not_found() -> None:
     slots = table()
     reads = ngrams(slots, torch.arange(12).view(2, 3, 2))
-    slots.find(reads)
-    slots.release()
+    slots.tick()
+    slots.release(slots.find(reads))
     check(slots, reads)
     assert not slots.counts[:, 0].any()
     check(slots, reads)
@@ -169,10 +171,11 @@ def test_what_was_not_filled_is_not_found() -> None:
 
 def test_epochs_begin_anew_before_they_overflow() -> None:
     slots = table()
-    slots.epoch = 2**31 - 3
+    slots._batches = 2**31 - 3
+    slots.clock.fill_(2**31 - 3)
     for number in range(4):
         check(slots, ngrams(slots, torch.arange(number, number + 40).view(2, 10, 2)))
-    assert slots.epoch == 3
+    assert slots.clock.item() == 3
 
 
 @reuse

@@ -25,10 +25,10 @@ def test_kernels_move_the_same_bytes(width: int, sizes: list[int], wanted: int, 
     twin.records.random_(generator=generator)
     every = torch.cat([make_keys(space, torch.arange(rows)) for space, rows in spaces.items()])
     keys = every[torch.randperm(len(every), generator=generator)[:wanted]]
-    table, bases, changed = (x.to(KERNELS, copy=True) for x in (twin._words, twin.bases, twin._changed))
+    table, bases, changed = (x.to(KERNELS, copy=True) for x in (twin.words, twin.bases, twin._changed))
     found = gather_triton(table, bases, keys.to(KERNELS))
     assert torch.equal(found.cpu().view(torch.uint8), twin.gather(keys))
     new = torch.empty(len(keys), layout.nbytes, dtype=torch.uint8).random_(generator=generator)
     twin.scatter(keys, new)
     scatter_triton(table, bases, keys.to(KERNELS), new.view(torch.int64).to(KERNELS), changed)
-    assert torch.equal(table.cpu(), twin._words) and torch.equal(changed.cpu(), twin._changed)
+    assert torch.equal(table.cpu(), twin.words) and torch.equal(changed.cpu(), twin._changed)

@@ -62,9 +62,16 @@ class Hashes:
 
 
 def address_triton(
-    tokens: Tensor, start: Tensor, dead: Tensor, context: int, hashes: Hashes, with_mixes: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mixes ``[L, B, T, N-1]``, row ids ``[L, B, T, C]``, and whether a token was outside the vocabulary, bool ``[1]``.
+    tokens: Tensor,
+    start: Tensor,
+    dead: Tensor,
+    context: int,
+    hashes: Hashes,
+    with_mixes: bool,
+    stranger: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Mixes ``[L, B, T, N-1]`` and row ids ``[L, B, T, C]``; ``stranger``, bool ``[1]``, becomes True where a token is
+    outside the vocabulary.
 
     ``tokens``: raw ids int64 ``[B, context + T]``; the first ``context`` positions are looked back on and get no rows.
     ``start``, ``dead``: bool, alike: document starts, and tokens that no n-gram sees. Without ``with_mixes`` the mixes
@@ -74,7 +81,6 @@ def address_triton(
     (layers, highest), columns = hashes.multipliers.shape, len(hashes.ages)
     mixes = tokens.new_empty(layers, batch, length, highest - 1 if with_mixes else 0)
     rows = tokens.new_empty(layers, batch, length, columns)
-    stranger = torch.zeros(1, dtype=torch.bool, device=tokens.device)
     if batch * length:
         tile = triton.next_power_of_2(columns)
         per_program = max(1, _ROW_IDS // tile)
@@ -85,7 +91,7 @@ def address_triton(
             batch * length, length, context, hashes.raw_size, hashes.pad, columns,
             ORDERS=highest, MIXES=with_mixes, POSITIONS=per_program, COLUMNS=tile,
         )  # fmt: skip
-    return mixes, rows, stranger
+    return mixes, rows
 
 
 @triton.jit

@@ -75,7 +75,7 @@ class Addressing:
         tokens. Raises ``ValueError`` for an id outside the vocabulary.
         """
         _require_alike(tokens, doc_start, live)
-        self._refuse_strangers(tokens)
+        self.require_known(tokens)
         if history is None and doc_start is None and live is None and self.config.scheme == "engram":
             return self._slide(tokens)  # nothing ends a segment but the sequence
         chunk = _flagged(tokens, doc_start, live)
@@ -108,22 +108,40 @@ class Addressing:
         self, tokens: Tensor, history: Window | None, doc_start: Tensor | None, live: Tensor | None, with_mixes: bool
     ) -> Lookup:
         """:meth:`lookup` with the kernel, on any device that can run it."""
-        from torch_engram.addressing.address_kernels import Hashes, address_triton
+        from torch_engram.addressing.address_kernels import address_triton
 
         _require_alike(tokens, doc_start, live)
-        device = tokens.device
-        if device not in self._hashes:
-            ids = self._map(device) if self.vocab is not None else None
-            self._hashes[device] = Hashes.of(self.layouts.values(), ids, self.raw_size, self.pad, device)
         chunk = _flagged(tokens, doc_start, live)
         seen = _in_context(history, chunk)
         context = seen[0].shape[1] - tokens.shape[1]
-        mixes, rows, stranger = address_triton(*seen, context, self._hashes[device], with_mixes)
+        stranger = torch.zeros(1, dtype=torch.bool, device=tokens.device)
+        mixes, rows = address_triton(*seen, context, self._hashes_on(tokens.device), with_mixes, stranger)
         if stranger.item():  # the one time that this thread waits for the device
-            self._refuse_strangers(tokens)
+            self.require_known(tokens)
         if history is not None:
             history.push(*chunk)
         return dict(zip(self.layouts, zip(mixes, rows, strict=True), strict=True)).__getitem__
+
+    def last_rows(self, tokens: Tensor, start: Tensor, dead: Tensor, stranger: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixes ``[L, B, 1, N-1]`` and row ids ``[L, B, 1, C]`` of all layers for the last of N tokens ``[B, N]``, on a
+        GPU, by one kernel that waits for nothing and may be captured.
+
+        ``start``, ``dead``: bool ``[B, N]``: document starts, and tokens that no n-gram sees. ``stranger``: bool
+        ``[1]``, in memory that the GPU reaches, becomes True where the last token is outside the vocabulary; what is
+        returned for it then means nothing.
+        """
+        from torch_engram.addressing.address_kernels import address_triton
+
+        context = tokens.shape[1] - 1
+        return address_triton(tokens, start, dead, context, self._hashes_on(tokens.device), True, stranger)
+
+    def _hashes_on(self, device: torch.device) -> Hashes:
+        from torch_engram.addressing.address_kernels import Hashes
+
+        if device not in self._hashes:
+            ids = self._map(device) if self.vocab is not None else None
+            self._hashes[device] = Hashes.of(self.layouts.values(), ids, self.raw_size, self.pad, device)
+        return self._hashes[device]
 
     def _gather(self, tokens: Tensor, start: Tensor, dead: Tensor) -> Tensor:
         """Windows of whole sequences: a position sees back to its segment's start and no further."""
@@ -160,7 +178,8 @@ class Addressing:
         mix = hashing.mixes(windows, multipliers)
         return mix, self._reducers[layer, windows.device](mix)
 
-    def _refuse_strangers(self, tokens: Tensor) -> None:
+    def require_known(self, tokens: Tensor) -> None:
+        """Raises ``ValueError`` for an id outside the vocabulary. Waits for the device."""
         if tokens.numel() == 0:
             return
         low, high = (int(bound) for bound in torch.aminmax(tokens))

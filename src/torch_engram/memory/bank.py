@@ -75,6 +75,8 @@ class MemoryBank:
         """Where the rows were last saved to or loaded from: folder, digest of its contents, since when stores count."""
         self._process = OneProcess(f"Memory {name!r}")
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-prefetch")
+        self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-bring")
+        """Brings what a cache misses, while the prefetch thread begins with the next layer."""
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.aside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         """A GPU's stream for what is done in a step beside the network: newer writes laid over, gradients merged."""
@@ -177,9 +179,9 @@ class MemoryBank:
         for table, source in zip(self.tables, self._sources, strict=True):
             if table.layer in rows:
                 rows[table.layer].append(self._reads(table, source))
-        fetches = {
-            layer: self._worker.submit(self._prepare, layer, tables, lookups, live) for layer, tables in rows.items()
-        }
+        fetches: dict[int, Future[PreparedLayer]] = {layer: Future() for layer in rows}
+        for layer, tables in rows.items():
+            self._worker.submit(self._fetch, fetches[layer], layer, tables, lookups, live)
         return WorkingSet(self, rows, fetches, len(live), trains)
 
     def _now(self) -> torch.cuda.Event | None:
@@ -215,28 +217,36 @@ class MemoryBank:
 
     def _fetch(
         self,
+        prepared: Future[PreparedLayer],
         layer: int,
         tables: Sequence[TouchedRows],
         lookups: Future[list[Lookup]],
         live: Sequence[Tensor | None],
     ) -> None:
-        with self._side_stream():
-            found = [lookup(layer) for lookup in lookups.result()]
-            masks = [None if mask is None else mask.to(self.device) for mask in live]
-            for rows in tables:
-                rows.fetch(found, masks)
+        """All that can be done before the step, on the prefetch thread; what a later write changes is done again. The
+        reads of caches only begin here. What has begun is not cancelled."""
+        if not prepared.set_running_or_notify_cancel():
+            return
+        try:
+            with self._side_stream():
+                found = [lookup(layer) for lookup in lookups.result()]
+                masks = [None if mask is None else mask.to(self.device) for mask in live]
+                for rows in tables:
+                    rows.fetch(found, masks)
+        except BaseException as error:
+            _give_up(prepared, tables, error)
+            return
+        if self._reads is CachedReads:
+            self._finisher.submit(self._prepare, prepared, tables)
+        else:
+            self._prepare(prepared, tables)
 
-    def _prepare(
-        self,
-        layer: int,
-        tables: Sequence[TouchedRows],
-        lookups: Future[list[Lookup]],
-        live: Sequence[Tensor | None],
-    ) -> PreparedLayer:
-        """All that can be done before the step, on the prefetch thread; what a later write changes is done again."""
-        self._fetch(layer, tables, lookups, live)
-        with self._side_stream():
-            return PreparedLayer(tables, self.dtype, self.aside)
+    def _prepare(self, prepared: Future[PreparedLayer], tables: Sequence[TouchedRows]) -> None:
+        try:
+            with self._side_stream():
+                prepared.set_result(PreparedLayer(tables, self.dtype, self.aside))
+        except BaseException as error:
+            _give_up(prepared, tables, error)
 
     def _side_stream(self) -> torch.cuda.StreamContext | nullcontext[None]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -249,8 +259,9 @@ class MemoryBank:
         return counts_by_order(self.tables, self._sources)
 
     def settle(self) -> None:
-        """Return when the prefetch thread has nothing left to enqueue, so that it leaves the device alone."""
-        self._worker.submit(int).result()  # it does one thing after the other
+        """Return when the prefetch threads have nothing left to enqueue, so that they leave the device alone."""
+        for thread in (self._worker, self._finisher):
+            thread.submit(int).result()  # each does one thing after the other
 
     # -- writing --------------------------------------------------------------------------------------------------
 
@@ -311,6 +322,13 @@ class MemoryBank:
         own = self.optimizer.planes(table.dim) if self.optimizer is not None else ()
         planes = (value,) if self.in_files else (value, count, *own)
         return RowFormat(RecordLayout(planes), self.seed, self.config.init_std)
+
+
+def _give_up(prepared: Future[PreparedLayer], tables: Sequence[TouchedRows], error: BaseException) -> None:
+    """Whoever waits for the layer gets the error, and nobody waits for its reads."""
+    for rows in tables:
+        rows.abandon()
+    prepared.set_exception(error)
 
 
 def _require_rows(rows: Tensor, layer: int, there: int) -> None:

@@ -17,7 +17,7 @@ from torch_engram.memory.rows import TouchedRows
 from torch_engram.memory.segments import unique_rows
 from torch_engram.memory.source import Source
 from torch_engram.memory.tables import Table
-from torch_engram.stores import CachedStore, Heads, NgramCache
+from torch_engram.stores import Begun, CachedStore, Heads, NgramCache
 
 
 def heads_of(table: Table) -> Heads:
@@ -39,36 +39,52 @@ def counts_by_order(tables: Sequence[Table], sources: Sequence[Source]) -> dict[
 
 
 class CachedReads(TouchedRows):
-    """As :class:`TouchedRows`, for a source whose store is an :class:`NgramCache`, and for reading only."""
+    """As :class:`TouchedRows`, for a source whose store is an :class:`NgramCache`, and for reading only.
+
+    :meth:`fetch` begins a read, :meth:`expand_all` finishes it; one that is not to be finished is abandoned.
+    """
 
     def __init__(self, table: Table, source: Source):
         super().__init__(table, source)
+        assert isinstance(source.store, NgramCache), "reads of n-grams want a cache of n-grams"
+        self._cache = source.store
+        self._begun: Begun | None = None
         self._orders = slice(table.orders[0], table.orders[-1] + 1)  # they follow each other, as the columns do
 
     def fetch(self, lookups: Sequence[tuple[Tensor, Tensor]], live: Sequence[Tensor | None]) -> None:
-        """Keep what is to be read: every micro-batch's (mixes ``[B, T, N-1]``, rows ``[B, T, C]``) and live mask."""
+        """Begin to read every micro-batch's (mixes ``[B, T, N-1]``, rows ``[B, T, C]``) where they are live."""
         self.shapes = [rows.shape[:2] for _, rows in lookups]
-        self._mixes = [mix[..., self._orders].flatten(0, 1)[None] for mix, _ in lookups]
-        self._rows = [rows[..., self.table.columns].flatten(0, 1)[None] for _, rows in lookups]
         self._live = [None if mask is None else mask.flatten() for mask in live]
+        mixes = _joined([mix[..., self._orders] for mix, _ in lookups])
+        self._rows = _joined([rows[..., self.table.columns] for _, rows in lookups])
+        self._begun = self._cache.begin((self.table.space,), mixes[None], self._rows[None])
 
-    def expand(self, micro: int, out: Tensor) -> None:
-        """See :meth:`TouchedRows.expand`."""
-        assert isinstance(self.source.store, NgramCache), "reads of n-grams want a cache of n-grams"
-        positions, live = out.view(-1, self.width), self._live[micro]
-        self.source.store.read((self.table.space,), self._mixes[micro], self._rows[micro], positions[None])
-        if live is not None:
-            positions.masked_fill_(~live[:, None], 0)
+    def expand_all(self, outs: Sequence[Tensor]) -> None:
+        """See :meth:`TouchedRows.expand_all`."""
+        begun, self._begun = self._begun, None
+        assert begun is not None, "fetch comes before expand_all"
+        positions = [out.view(1, -1, self.width) for out in outs]
+        self._cache.finish(begun, positions)
+        for out, live in zip(positions, self._live, strict=True):
+            if live is not None:
+                out.masked_fill_(~live[:, None], 0)
+
+    def abandon(self) -> None:
+        """See :meth:`TouchedRows.abandon`."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            self._cache.abandon(begun)
 
     @property
     def device(self) -> torch.device:
         """See :class:`TouchedRows`."""
-        return self._rows[0].device
+        return self._rows.device
 
     @property
     def distinct(self) -> int:
         """See :class:`TouchedRows`."""
-        rows = [part[0] if live is None else part[0, live] for part, live in zip(self._rows, self._live, strict=True)]
+        parts = self._rows.split([batch * length for batch, length in self.shapes])
+        rows = [part if live is None else part[live] for part, live in zip(parts, self._live, strict=True)]
         return len(unique_rows(torch.cat(rows).flatten())[0])
 
     def catch_up(self, expanded: Sequence[Tensor]) -> None:
@@ -77,6 +93,12 @@ class CachedReads(TouchedRows):
 
     def used_on(self, stream: torch.cuda.Stream) -> None:
         """See :meth:`TouchedRows.used_on`."""
-        for tensor in (*self._rows, *self._live):
+        for tensor in (self._rows, *self._live):
             if tensor is not None:
                 tensor.record_stream(stream)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Positions of all micro-batches one after the other: ``[n, ...]``."""
+    flat = [part.flatten(0, 1) for part in parts]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)

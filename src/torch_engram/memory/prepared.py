@@ -28,9 +28,8 @@ class PreparedLayer:
         self.embeddings = [
             torch.empty((*shape, sum(self._widths)), dtype=dtype, device=rows[0].device) for shape in rows[0].shapes
         ]
-        for micro, embeddings in enumerate(self.embeddings):
-            for touched, part in self._parts(embeddings):
-                touched.expand(micro, part)
+        for touched, outs in zip(rows, self._of_tables(), strict=True):
+            touched.expand_all(outs)
         self._done = None if aside is None else torch.cuda.current_stream(aside.device).record_event()
         self._users: set[torch.cuda.Stream] = set()
         self._is_current = False
@@ -39,6 +38,11 @@ class PreparedLayer:
     def _parts(self, whole: Tensor) -> list[tuple[TouchedRows, Tensor]]:
         """Every table's columns of ``[B, T, E]``."""
         return list(zip(self.rows, whole.split(self._widths, dim=-1), strict=True))
+
+    def _of_tables(self) -> list[list[Tensor]]:
+        """For every table its columns of every micro-batch."""
+        parts = [self._parts(embeddings) for embeddings in self.embeddings]
+        return [[micro[number][1] for micro in parts] for number in range(len(self.rows))]
 
     def ready(self) -> None:
         """Lay over what was written since the fetch, the first time, and let the current stream wait for it."""
@@ -54,9 +58,8 @@ class PreparedLayer:
         stale = any(touched.is_stale for touched in self.rows)
         if stale:
             self.use()
-        parts = [[part for _, part in self._parts(embeddings)] for embeddings in self.embeddings]
-        for number, touched in enumerate(self.rows):
-            touched.catch_up([of_tables[number] for of_tables in parts])
+        for touched, outs in zip(self.rows, self._of_tables(), strict=True):
+            touched.catch_up(outs)
         return stale
 
     def use(self) -> None:

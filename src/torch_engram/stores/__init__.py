@@ -9,7 +9,7 @@ from torch_engram.stores.file_rows import FileRows
 from torch_engram.stores.host import HostStore
 from torch_engram.stores.loaded import LoadedStore
 from torch_engram.stores.manifest import Manifest, planes_of
-from torch_engram.stores.ngram_cache import Heads, NgramCache, ngram_cache
+from torch_engram.stores.ngram_cache import Begun, Heads, NgramCache, ngram_cache
 from torch_engram.stores.parts import check_table, load_table, parts_in, save_table, update_table
 from torch_engram.stores.protocol import Store, WritableStore
 from torch_engram.stores.records import Plane, RecordLayout, RowFormat, make_keys
@@ -17,6 +17,7 @@ from torch_engram.stores.shared_host import SharedHostStore
 
 __all__ = [
     "CODECS",
+    "Begun",
     "CachedStore",
     "Codec",
     "Component",

@@ -91,17 +91,19 @@ class CachedStore(Front):
             return self.store.fetch(keys)
         reads = self._reads(keys)
         with self._reading:  # a fetch does not find what another has claimed and not brought yet
+            with self._turns.turn():
+                self._slots.tick()
+                found = self._slots.find(reads)
+                found = found.first(int(found.count))
+                self._begin_fetch()
             try:
-                with self._turns.turn():
-                    found = self._slots.find(reads)
-                    self._begin_fetch()
                 fetched = self.store.fetch(found.keys)  # others may write meanwhile
                 with self._turns.turn():
                     self._slots.fill(found, self._up_to_date(found, fetched))
                     return self._slots.collect(found.where, fetched)
             except BaseException:
                 with self._turns.turn():
-                    self._slots.release()
+                    self._slots.release(found)
                 raise
 
     def _reads(self, keys: Tensor) -> Reads:

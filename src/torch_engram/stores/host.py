@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from torch_engram.stores.host_asks import HostAsk
 from torch_engram.stores.host_reads import HostReads
 from torch_engram.stores.records import RecordLayout
 from torch_engram.stores.table import RecordTable, TableStore
@@ -44,10 +45,17 @@ class HostStore(TableStore):
         torn; its write is not acknowledged, so the reader patches it."""
         if keys.device.type == "cpu":
             return self.table.gather(keys)
+        return self._reads_of(keys.device).fetch(keys)
+
+    def new_ask(self, capacity: int, device: torch.device) -> HostAsk:
+        """See :class:`~torch_engram.stores.asks.AskedStore`. As with :meth:`fetch`, rows may come back torn."""
+        return HostAsk(self._reads_of(device), capacity)
+
+    def _reads_of(self, device: torch.device) -> HostReads:
         with self._lock:
-            if keys.device not in self._reads:
-                self._reads[keys.device] = HostReads(self.table, keys.device)
-        return self._reads[keys.device].fetch(keys)
+            if device not in self._reads:
+                self._reads[device] = HostReads(self.table, device)
+            return self._reads[device]
 
     def write(self, keys: Tensor, records: Tensor) -> int:
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""

@@ -1,115 +1,101 @@
-"""Rows of a table in host memory to a GPU, by two ways: staged, and read by the GPU itself.
+"""Rows of a table in host memory to a GPU, by two ways at once: staged, and read by the GPU itself.
 
-Staged, the CPU gathers a piece of the rows into pinned memory and the copy engine moves it while the next piece is
-gathered. The GPU's own reads need no CPU, but a bus request for every few words, and are quicker for few rows. From how
-many rows on staging is quicker is measured when the first rows are asked for.
+Staged, the CPU gathers rows into pinned memory and the copy engine moves them. The GPU's own reads need no CPU, but the
+bus takes as long for a row at a random place, however short, as for many times its bytes: they are quicker for few
+rows, and of many they take a share. From how many rows on the CPU helps, and how much it leaves to the GPU, is measured
+when the first rows are asked for.
 """
 
 from __future__ import annotations
 
 import sys
-import threading
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from itertools import cycle
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from torch_engram.kernels import use_kernels
-from torch_engram.stores.gather import gather_rows
+from torch_engram.stores.host_asks import SHARES, HostAsk
 from torch_engram.stores.pages import Bytes
+from torch_engram.stores.pinned import register
 from torch_engram.stores.records import make_keys
+from torch_engram.stores.staging import Staging
 from torch_engram.stores.table import RecordTable
 
-STAGING = 24 << 20
-"""Bytes that are pinned for staging, at most."""
-_BUFFERS = 3
-_SIZES = (1 << 8, 1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18)
+_SIZES = (1 << 8, 1 << 10, 1 << 12, 1 << 14, 1 << 16)
 """Rows of the fetches that are measured."""
-_ROUNDS = 3
-_MOST_SECONDS = 0.3
+_SHARED = (1 << 13, 1 << 16)
+"""Rows of those that are divided: about what decoding and prefill miss."""
+_TRIED = tuple(SHARES * eighths // 8 for eighths in range(4))
+_ROUNDS = 5
+_MOST_SECONDS = 0.5
 """What may be measured after that is not."""
 
 
-class Staging:
-    """Pinned buffers between rows in host memory and a GPU: ``STAGING`` bytes over all of them. Any thread may use it.
-
-    Where nothing can be pinned, ordinary memory takes its place, with a warning; copies are slower then.
-    """
-
-    def __init__(self, device: torch.device, nbytes: int):
-        self._device, self._lock = device, threading.Lock()
-        rows = max(1, STAGING // _BUFFERS // nbytes)
-        self._buffers = [_pinned((rows, nbytes), device) for _ in range(_BUFFERS)]
-        self._free: list[torch.cuda.Event | None] = [None] * _BUFFERS
-        self._turns = cycle(range(_BUFFERS))
-
-    def fetch(self, table: Tensor, index: Tensor) -> Tensor:
-        """Rows ``index`` int64 ``[U]`` of ``table`` uint8 ``[rows, nbytes]``, both on the CPU: ``[U, nbytes]`` on the
-        GPU, in the order of its current stream."""
-        out = torch.empty((len(index), table.shape[1]), dtype=torch.uint8, device=self._device)
-        with self._lock:
-            for piece, target in zip(*(whole.split(len(self._buffers[0])) for whole in (index, out)), strict=True):
-                if len(piece):
-                    self._move(table, piece, target)
-        return out
-
-    def _move(self, table: Tensor, index: Tensor, target: Tensor) -> None:
-        turn = next(self._turns)
-        free = self._free[turn]
-        if free is not None:
-            free.synchronize()
-        gathered = gather_rows(table, index, self._buffers[turn][: len(index)])
-        target.copy_(gathered, non_blocking=True)
-        if self._device.type == "cuda":
-            self._free[turn] = torch.cuda.current_stream(self._device).record_event()
-
-
-class DirectReads:
-    """A table in host memory that a GPU reads itself; ``memory`` is the table's, mapped so that it may be written.
-
-    Raises ``RuntimeError`` when it cannot be pinned.
-    """
-
-    def __init__(self, table: RecordTable, memory: Bytes, device: torch.device):
-        _register(self, memory, device)
-        size = table.records.numel()
-        self._words = torch.from_numpy(memory[:size]).view(torch.int64).view(len(table.records), -1)
-        self._bases = table.bases.to(device)
-
-    def fetch(self, keys: Tensor) -> Tensor:
-        """Records uint8 ``[U, nbytes]`` of keys ``[U]``, both on the GPU. The rows must be there."""
-        from torch_engram.stores.table_kernels import gather_triton
-
-        return gather_triton(self._words, self._bases, keys).view(torch.uint8)
-
-
 class HostReads:
-    """Both ways for one GPU, or staging alone where ``writable`` is not given, which maps the table's memory once more
-    so that it can be pinned."""
+    """Both ways for one GPU. ``writable`` maps the table's memory once more so that it can be pinned; not wanted where
+    it is pinned already. Where it cannot be pinned, all rows are staged, with a warning."""
 
     def __init__(self, table: RecordTable, device: torch.device, writable: Callable[[], Bytes] | None = None):
-        self._table, self._staging = table, Staging(device, table.layout.nbytes)
-        self._direct = None if writable is None else _direct(table, device, writable)
-        self.staged_from = 0
-        """The least number of rows that are staged; fewer are read by the GPU itself."""
-        if self._direct is not None:
-            self.staged_from = _measure(table, device, self._direct.fetch, self._stage)
+        self.table, self.device = table, device
+        self.staging = Staging(device, table.layout.nbytes)
+        self.bases = table.bases.to(device)
+        self.rows = torch.tensor([table.spaces.get(space, 0) for space in range(max(table.spaces) + 1)], device=device)
+        """Of every space, 0 for one that is not there."""
+        self.beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        """For the GPU's own reads."""
+        self.words = _reachable(self, table, writable)
+        """The table int64 ``[rows, nbytes / 8]`` as the GPU reaches it; None where it does not."""
+        self.staged_from, self.share = 0, 0
+        """The least number of rows that are staged, fewer are read by the GPU itself; and of more its share, of 256."""
+        if self.words is not None:
+            self.staged_from = self._break_even()
+            self.share = self._best_share()
+
+    def by_gpu(self, count: int) -> int:
+        """How many of ``count`` rows, the first ones, the GPU reads itself."""
+        if self.words is None:
+            return 0
+        return count if count < self.staged_from else count * self.share // SHARES
 
     def fetch(self, keys: Tensor) -> Tensor:
-        """Records uint8 ``[U, nbytes]`` of keys ``[U]`` on the GPU."""
-        if self._direct is not None and len(keys) < self.staged_from and use_kernels(keys):
-            return self._direct.fetch(keys)
-        return self._stage(keys)
+        """Records uint8 ``[U, nbytes]`` of keys ``[U]`` on the GPU. Raises ``ValueError`` naming a row or a space that
+        is not there."""
+        ask = HostAsk(self, len(keys))
+        ask.send(keys.contiguous(), torch.full((1,), len(keys), device=self.device))
+        ask.sent()
+        ask.read_beside()
+        return ask.bring()
 
-    def _stage(self, keys: Tensor) -> Tensor:
-        return self._staging.fetch(self._table.records, self._table.checked_index(keys.cpu()))
+    def _break_even(self) -> int:
+        sizes: list[int] = []
+        direct: list[float] = []
+        staged: list[float] = []
+        begun = time.perf_counter()
+        for size in _SIZES:
+            if time.perf_counter() - begun > _MOST_SECONDS:
+                break
+            sizes.append(size)
+            for self.staged_from, took in ((sys.maxsize, direct), (0, staged)):
+                took.append(self._seconds(size))
+        return break_even(sizes, direct, staged)
+
+    def _best_share(self) -> int:
+        """The one that takes the least time over :data:`_SHARED`, each size counted alike."""
+        sizes = [size for size in _SHARED if size >= self.staged_from]
+        totals = {}
+        begun = time.perf_counter()
+        for self.share in _TRIED:
+            if time.perf_counter() - begun > _MOST_SECONDS:
+                break
+            totals[self.share] = sum(self._seconds(size) / size for size in sizes)
+        return min(totals, key=lambda share: totals[share], default=0)
+
+    def _seconds(self, size: int) -> float:
+        """The least that a fetch of so many random rows takes as things are set."""
+        space, rows = max(self.table.spaces.items(), key=lambda found: found[1])
+        return min(_timed(self, make_keys(space, torch.randint(rows, (size,)))) for _ in range(_ROUNDS))
 
 
 def break_even(sizes: Sequence[int], direct: Sequence[float], staged: Sequence[float]) -> int:
@@ -122,58 +108,25 @@ def break_even(sizes: Sequence[int], direct: Sequence[float], staged: Sequence[f
     return found
 
 
-def _measure(table: RecordTable, device: torch.device, *ways: Callable[[Tensor], Tensor]) -> int:
-    """The break-even of the two ways, by fetches of random rows."""
-    sizes: list[int] = []
-    times: tuple[list[float], list[float]] = ([], [])
-    space, rows = max(table.spaces.items(), key=lambda found: found[1])
-    generator = torch.Generator().manual_seed(0)
+def _timed(reads: HostReads, keys: Tensor) -> float:
+    keys = keys.to(reads.device)
+    torch.cuda.synchronize()
     begun = time.perf_counter()
-    for size in _SIZES:
-        if time.perf_counter() - begun > _MOST_SECONDS:
-            break
-        sizes.append(size)
-        for way, took in zip(ways, times, strict=True):
-            wanted = [torch.randint(rows, (size,), generator=generator).sort().values for _ in range(_ROUNDS + 1)]
-            took.append(min([_seconds(way, make_keys(space, ids).to(device)) for ids in wanted][1:]))
-    return break_even(sizes, *times)
-
-
-def _seconds(way: Callable[[Tensor], Tensor], keys: Tensor) -> float:
-    torch.cuda.synchronize(keys.device)
-    begun = time.perf_counter()
-    way(keys)
-    torch.cuda.synchronize(keys.device)
+    reads.fetch(keys)
+    torch.cuda.synchronize()
     return time.perf_counter() - begun
 
 
-def _direct(table: RecordTable, device: torch.device, writable: Callable[[], Bytes]) -> DirectReads | None:
-    try:
-        return DirectReads(table, writable(), device)
-    except (RuntimeError, MemoryError) as error:
-        warnings.warn(f"The table cannot be pinned ({error}): the CPU gathers all rows for {device}.", stacklevel=2)
+def _reachable(owner: object, table: RecordTable, writable: Callable[[], Bytes] | None) -> Tensor | None:
+    """The table's words as kernels reach them."""
+    if table.pinned:
+        return table.words
+    if writable is None:
         return None
-
-
-def _register(owner: object, memory: Bytes, device: torch.device) -> None:
-    """Pin memory for as long as ``owner`` lives."""
-    runtime: Any = torch.cuda.cudart()
-    refused = int(runtime.cudaHostRegister(memory.ctypes.data, len(memory), 3))  # for all contexts, mapped
-    if refused:
-        with suppress(RuntimeError):  # the next launch is told of this error, too
-            torch.empty(1, device=device).fill_(0)
-        raise RuntimeError(f"CUDA error {refused} for {len(memory) / 1e9:,.1f} GB")
-    weakref.finalize(owner, _unregister, runtime, memory).atexit = False
-
-
-def _unregister(runtime: Any, memory: Bytes) -> None:
-    runtime.cudaHostUnregister(memory.ctypes.data)
-
-
-def _pinned(shape: tuple[int, int], device: torch.device) -> Tensor:
-    if device.type == "cuda":
-        try:
-            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError as error:
-            warnings.warn(f"No memory can be pinned for copies to {device} ({error}).", stacklevel=2)
-    return torch.from_numpy(np.empty(shape, np.uint8))
+    try:
+        memory = writable()
+        register(owner, memory)
+    except (RuntimeError, MemoryError) as error:
+        warnings.warn(f"The table cannot be pinned ({error}): the CPU gathers all its rows.", stacklevel=4)
+        return None
+    return torch.from_numpy(memory[: table.records.numel()]).view(torch.int64).view(table.words.shape)

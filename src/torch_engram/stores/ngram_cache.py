@@ -1,7 +1,9 @@
 """A cache by n-gram in the memory of the device that computes, in front of any store, for memories that are only read.
 
 All rows of an n-gram's order are read together, so one look finds the records of all its heads, and nothing is sorted:
-what addressing gives goes in, embeddings come out. While all n-grams are found, that is three launches.
+what addressing gives goes in, embeddings come out. A read has two halves, so that the host can bring one read's missing
+rows while the device looks for the next one's: what :meth:`NgramCache.begin` enqueues waits for nothing, and
+:meth:`NgramCache.finish` waits for what is missing. While all n-grams are found, both are four launches.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ import torch
 from torch import Tensor
 
 from torch_engram.sizes import parse_size
+from torch_engram.stores.asks import Ask, new_ask
 from torch_engram.stores.cached import Front, WritableFront, counted
 from torch_engram.stores.embedding import Columns, embed
 from torch_engram.stores.protocol import Store, WritableStore
 from torch_engram.stores.records import SPACE_SHIFT, RowFormat
-from torch_engram.stores.slots import Reads, Region, Slots
+from torch_engram.stores.slots import Found, Reads, Region, Slots
 from torch_engram.stores.turns import Turns
 
 
@@ -42,12 +45,22 @@ class Heads:
         ]
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A read whose rows are being looked for."""
+
+    spaces: tuple[int, ...]
+    found: Found
+    columns: Columns
+    ask: Ask
+
+
 class NgramCache(Front):
     """``store`` behind a cache of ``budget`` bytes, a number or such as ``"8GB"``, on ``device``.
 
     ``heads``: of every space that is read. ``row_format``: of the store's records. Every order of every space has an
-    equal share. :meth:`read` goes through the cache, :meth:`fetch` passes it by. Raises ``ValueError`` for a budget
-    that is none or too small.
+    equal share. :meth:`read` goes through the cache, :meth:`fetch` passes it by. Room for what the largest read so far
+    could miss is kept beside the budget. Raises ``ValueError`` for a budget that is none or too small.
     """
 
     grouped = True
@@ -62,17 +75,18 @@ class NgramCache(Front):
         device: torch.device | str,
     ):
         super().__init__(store)
-        self.device, self._format = torch.device(device), row_format
+        self.device, self.format = torch.device(device), row_format
         self._heads = {each.space: each for each in heads}
         regions = [region for each in heads for region in each.regions()]
-        self._slots = Slots(regions, self.layout.nbytes, parse_size(budget), self.device)
+        self.slots = Slots(regions, self.layout.nbytes, parse_size(budget), self.device)
         self._plans: dict[tuple[int, ...], tuple[Tensor, Columns]] = {}
-        self._turns = Turns(self.device)
+        self._asks: dict[tuple[int, ...], Ask] = {}
+        self._turns = {each.space: Turns(self.device) for each in heads}
 
     def counts(self) -> dict[tuple[int, int], dict[str, int]]:
         """What was counted since the beginning, by (space, order), in n-grams: ``hits``, ``misses``, and those that
         another read of the same call had brought, ``repeats``; of the misses, ``evictions`` and ``overflow``."""
-        return counted(self._slots)
+        return counted(self.slots)
 
     def fetch(self, keys: Tensor, group: Tensor | None = None) -> Tensor:
         """See :class:`~torch_engram.stores.protocol.Store`."""
@@ -85,28 +99,87 @@ class NgramCache(Front):
         order's heads, which are a function of space, order and mix. The spaces have the same heads. ``out`` has any
         floating type and any distance between positions.
         """
-        regions, columns = self._plan(tuple(spaces))
-        reads = Reads(
-            mixes.reshape(-1), rows.reshape(-1, rows.shape[-1]), regions, columns.groups, max(1, mixes.shape[1])
-        )
-        with self._turns.turn():
-            try:
-                found = self._slots.find(reads)
-                fetched = self.layout.empty(0, self.device)
-                if len(found.keys):
-                    fetched = self._format.with_initial(found.keys, self.store.fetch(found.keys))
-                    self._slots.fill(found, fetched)
-            except BaseException:
-                self._slots.release()
-                raise
-            return embed(self.layout, self._slots.records, fetched, found.where, columns, out)
+        self.finish(self.begin(spaces, mixes, rows), [out])
+        return out
+
+    def begin(self, spaces: Sequence[int], mixes: Tensor, rows: Tensor) -> Begun:
+        """Look for what :meth:`read` reads, and wait for nothing but earlier reads of these spaces that are not
+        finished. What has begun has to be finished, or abandoned, on any thread."""
+        names = tuple(spaces)
+        self.enter(names)
+        try:
+            self.slots.tick()
+            found, columns = self.find(names, mixes, rows)
+            ask = self._ask(names, len(found.keys))
+            ask.send(found.keys, found.count)
+            ask.sent()
+            ask.read_beside()
+            return Begun(names, found, columns, ask)
+        except BaseException:
+            self.leave(names)
+            raise
+
+    def find(self, spaces: tuple[int, ...], mixes: Tensor, rows: Tensor) -> tuple[Found, Columns]:
+        """The part of :meth:`begin` that only enqueues; may be captured in a graph. Every run of it belongs to a turn,
+        and to a tick of the slots."""
+        regions, columns = self._plan(spaces)
+        tags, rows = mixes.reshape(-1), rows.reshape(-1, rows.shape[-1])
+        return self.slots.find(Reads(tags, rows, regions, columns.groups, max(1, mixes.shape[1]))), columns
+
+    def finish(self, begun: Begun, outs: Sequence[Tensor]) -> None:
+        """Bring what is missing, and fill every one of ``outs`` ``[S, n_i, C·dim]``, which together are the positions
+        that were begun, in their order. Of several, ``S`` is 1."""
+        fetched = self._brought(begun)
+        try:
+            self.slots.fill(begun.found, fetched)
+            groups, first = begun.columns.groups, 0
+            for out in outs:
+                many = out.shape[0] * out.shape[1] * groups
+                where = begun.found.where[first : first + many]
+                embed(self.layout, self.slots.records, fetched, where, begun.columns, out)
+                first += many
+        finally:
+            self.leave(begun.spaces)
+
+    def _brought(self, begun: Begun) -> Tensor:
+        try:
+            fetched = begun.ask.bring()
+            return self.format.with_initial(begun.found.keys[: len(fetched)], fetched)
+        except BaseException:
+            self.abandon(begun)
+            raise
+
+    def abandon(self, begun: Begun) -> None:
+        """Give up a read that has begun."""
+        self.slots.release(begun.found)
+        self.leave(begun.spaces)
+
+    def new_ask(self, capacity: int) -> Ask:
+        """How missing rows are asked of the store, up to ``capacity`` at a time."""
+        return new_ask(self.store, capacity, self.device)
+
+    def enter(self, spaces: Sequence[int]) -> None:
+        """Begin a turn at some spaces: until it is left, nobody else looks for their rows or brings them."""
+        for space in sorted(spaces):
+            self._turns[space].enter()
+
+    def leave(self, spaces: Sequence[int]) -> None:
+        """End a turn, on the stream that enqueued the last of it."""
+        for space in spaces:
+            self._turns[space].leave()
+
+    def _ask(self, spaces: tuple[int, ...], capacity: int) -> Ask:
+        """One at a time is enough for spaces whose reads take turns."""
+        if spaces not in self._asks or self._asks[spaces].capacity < capacity:
+            self._asks[spaces] = self.new_ask(capacity)
+        return self._asks[spaces]
 
     def _plan(self, spaces: tuple[int, ...]) -> tuple[Tensor, Columns]:
         """Constants of a read of some spaces, on the device."""
         if spaces not in self._plans:
             heads = [self._heads[space].per_order for space in spaces]
             assert all(each == heads[0] for each in heads), f"spaces {spaces} have other heads: {heads}"
-            self._plans[spaces] = self._slots.plan(spaces), Columns.of(heads[0], self.device)
+            self._plans[spaces] = self.slots.plan(spaces), Columns.of(heads[0], self.device)
         return self._plans[spaces]
 
 
@@ -115,10 +188,13 @@ class WritableNgramCache(WritableFront, NgramCache):
 
     def write(self, keys: Tensor, records: Tensor) -> int:
         """See :class:`~torch_engram.stores.protocol.WritableStore`. Returns when the write is acknowledged."""
-        with self._turns.turn():
+        self.enter(tuple(self._turns))
+        try:
             epoch = self.store.write(keys, records)
             self.store.flush()
-            self._slots.clear()
+            self.slots.clear()
+        finally:
+            self.leave(tuple(self._turns))
         return epoch
 
 

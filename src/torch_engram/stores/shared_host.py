@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_engram.stores.file_rows import FileRows
+from torch_engram.stores.host_asks import HostAsk
 from torch_engram.stores.host_reads import HostReads
 from torch_engram.stores.loaded import reencode
 from torch_engram.stores.pages import Bytes
@@ -49,11 +50,14 @@ class SharedHostStore:
 
     def fetch(self, keys: Tensor, group: Tensor | None = None) -> Tensor:
         """See :class:`~torch_engram.stores.protocol.Store`. Raises ``ValueError`` naming a row or a space that is not
-        there, except for the few rows that a GPU reads itself. The first fetch for a GPU pins the table and measures
-        the ways there."""
+        there. The first fetch for a GPU pins the table and measures the ways there."""
         if keys.device.type == "cpu":
             return self.table.gather(keys)
         return self._reads_of(keys.device).fetch(keys)
+
+    def new_ask(self, capacity: int, device: torch.device) -> HostAsk:
+        """See :class:`~torch_engram.stores.asks.AskedStore`."""
+        return HostAsk(self._reads_of(device), capacity)
 
     def _reads_of(self, device: torch.device) -> HostReads:
         with self._lock:

@@ -29,7 +29,7 @@ _WORDS = 1024
 """Words that one program moves together."""
 _ROWS = 32
 """Rows that one program overwrites."""
-_VARYING = ("count", "positions", "words", "epoch")
+_VARYING = ("count", "positions", "words")
 """Numbers that differ from batch to batch: a kernel is not compiled anew for those that 16 divides."""
 _COLUMNS = tl.constexpr(7)
 _COUNTS = tl.constexpr(len(slots.COUNTS))
@@ -50,19 +50,21 @@ def find_triton(table: Slots, reads: Reads) -> Found:
     count, most = len(reads.tags), max(region.parts for region in table.regions)
     where = torch.empty_like(reads.tags)
     missing = reads.tags.new_empty(3, -(-count * most // 16) * 16)  # each of the three aligned for wide accesses
+    total = reads.tags.new_empty(1) if count else reads.tags.new_zeros(1)
+    keys, targets, owners = missing.unbind()
     if not count:
-        return Found(where, *missing)
+        return Found(where, keys, targets, owners, total)
     grid = (triton.cdiv(count, _READS),)
     by_space = reads.by_space is not None
     asked = (reads.tags, reads.regions, reads.by_space if by_space else reads.tags)
     shape = (count, reads.positions, reads.groups)
     kinds = dict(REGIONS=len(reads.regions), BY_SPACE=by_space, READS=_READS)
-    _probe[grid](*asked, table.tags, table.stamps, where, table.missing, table.counts, *shape, table.epoch, **kinds)
+    _probe[grid](*asked, table.tags, table.stamps, where, total, table.counts, table.clock, *shape, **kinds)
     _claim[grid](
-        *asked, reads.rows, table.tags, table.stamps, where, *missing, table.missing, table.counts,
-        *shape, reads.rows.shape[1], table.epoch, PARTS=most, **kinds,
+        *asked, reads.rows, table.tags, table.stamps, where, keys, targets, owners, total, table.counts, table.clock,
+        *shape, reads.rows.shape[1], PARTS=most, **kinds,
     )  # fmt: skip
-    return Found(where, *missing[:, : int(table.missing)])
+    return Found(where, keys, targets, owners, total)
 
 
 def fill_triton(table: Slots, found: Found, records: Tensor) -> None:
@@ -70,8 +72,8 @@ def fill_triton(table: Slots, found: Found, records: Tensor) -> None:
     words = records.view(torch.int64)
     if len(words):
         _fill[(triton.cdiv(words.numel(), _WORDS),)](
-            words, found.targets, found.owners, table.records.view(torch.int64), table.tags, table.stamps,
-            words.numel(), table.epoch, WIDTH=words.shape[1], WORDS=_WORDS,
+            words, found.targets, found.owners, found.count, table.records.view(torch.int64), table.tags, table.stamps,
+            table.clock, words.numel(), WIDTH=words.shape[1], WORDS=_WORDS,
         )  # fmt: skip
 
 
@@ -125,7 +127,7 @@ def _ask(asked, regions, by_space, count, positions, groups, BY_SPACE: tl.conste
 
 @triton.jit(do_not_specialize=_VARYING)
 def _probe(
-    asked, regions, by_space, tags, stamps, where, missing, counts, count, positions, groups, epoch,
+    asked, regions, by_space, tags, stamps, where, missing, counts, clock, count, positions, groups,
     REGIONS: tl.constexpr, BY_SPACE: tl.constexpr, READS: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) == 0:
@@ -138,7 +140,7 @@ def _probe(
     found = tl.max(tl.where((there == tag[:, None]) & (tag >= 0)[:, None], way[None], -1), axis=1)
     hit = here & (found >= 0)
     slot = first + found
-    tl.store(stamps + slot, tl.full([READS], 1, tl.int32) * epoch, mask=hit)
+    tl.store(stamps + slot, tl.full([READS], 1, tl.int32) * tl.load(clock), mask=hit)
     record = _record(slot, region)
     tl.store(where + read, tl.where(hit, record, -1), mask=here)
     for number in range(REGIONS):
@@ -149,8 +151,8 @@ def _probe(
 
 @triton.jit(do_not_specialize=_VARYING)
 def _claim(
-    asked, regions, by_space, rows, tags, stamps, where, keys, targets, owners, missing, counts,
-    count, positions, groups, columns, epoch,
+    asked, regions, by_space, rows, tags, stamps, where, keys, targets, owners, missing, counts, clock,
+    count, positions, groups, columns,
     PARTS: tl.constexpr, REGIONS: tl.constexpr, BY_SPACE: tl.constexpr, READS: tl.constexpr,
 ):  # fmt: skip
     read, here, tag, which = _ask(asked, regions, by_space, count, positions, groups, BY_SPACE, READS)
@@ -158,7 +160,7 @@ def _claim(
     if tl.max(missed.to(tl.int32), axis=0) > 0:
         region = regions + which * _COLUMNS
         first = _first_way(tag, region)
-        slot, won, evicts = _take(tag, missed, first, tags, stamps, epoch, READS)
+        slot, won, evicts = _take(tag, missed, first, tags, stamps, tl.load(clock), READS)
         spilled = missed & (slot < 0)
         parts = tl.where(won | spilled, tl.load(region + 3), 0)
         begins = tl.atomic_add(missing, tl.sum(parts, axis=0)) + tl.cumsum(parts, axis=0) - parts
@@ -218,9 +220,11 @@ def _take(tag, missed, first, tags, stamps, epoch, READS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def _fill(fetched, targets, owners, records, tags, stamps, words, epoch, WIDTH: tl.constexpr, WORDS: tl.constexpr):
+def _fill(
+    fetched, targets, owners, count, records, tags, stamps, clock, words, WIDTH: tl.constexpr, WORDS: tl.constexpr
+):
     number = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
-    here = number < words
+    here = (number < words) & (number < tl.load(count) * WIDTH)
     row, word = number // WIDTH, number % WIDTH
     target = tl.load(targets + row, mask=here, other=-1)
     placed = target >= 0
@@ -229,7 +233,7 @@ def _fill(fetched, targets, owners, records, tags, stamps, words, epoch, WIDTH: 
     owns = owner >= 0
     tag = tl.load(tags + owner, mask=owns, other=0)
     tl.store(tags + owner, tag & 0x7FFFFFFFFFFFFFFF, mask=owns)
-    tl.store(stamps + owner, tl.full([WORDS], 1, tl.int32) * epoch, mask=owns)
+    tl.store(stamps + owner, tl.full([WORDS], 1, tl.int32) * tl.load(clock), mask=owns)
 
 
 @triton.jit(do_not_specialize=_VARYING)

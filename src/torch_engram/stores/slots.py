@@ -7,8 +7,8 @@ was stamped longest ago: reads of one tag claim one place, so nothing has to be 
 whole set the read goes without a place, and its records are used from where they were fetched to.
 
 A batch goes :meth:`Slots.find`, then :meth:`Slots.fill` with the records of what was missing. A claimed tag has its
-sign bit set until it is filled, so that nothing finds it before. The Triton twins are in
-:mod:`torch_engram.stores.slot_kernels`.
+sign bit set until it is filled, so that nothing finds it before; batches that overlap must not want the same regions.
+The Triton twins are in :mod:`torch_engram.stores.slot_kernels`.
 """
 
 from __future__ import annotations
@@ -87,6 +87,13 @@ class Found:
     """int64 ``[k]``: the record in the cache where each belongs, -1 for none."""
     owners: Tensor
     """int64 ``[k]``: the place whose first record it is, -1 for all others."""
+    count: Tensor
+    """int64 ``[1]``: how many of the ``k`` above are meant. Kernels make room for all that could be missing, so that
+    nobody has to wait for this number until the rows are fetched."""
+
+    def first(self, count: int) -> Found:
+        """The same, when it is known that ``count`` are missing."""
+        return Found(self.where, self.keys[:count], self.targets[:count], self.owners[:count], self.count)
 
 
 class Slots:
@@ -110,9 +117,9 @@ class Slots:
         self.stamps = torch.zeros(first * WAYS, dtype=torch.int32, device=device)
         self.records = torch.empty(record, nbytes, dtype=torch.uint8, device=device)
         self.counts = torch.zeros(len(plan), len(COUNTS), dtype=torch.int64, device=device)
-        self.missing = torch.zeros(1, dtype=torch.int64, device=device)
-        """Kernels count here what a batch has to fetch."""
-        self.epoch = 0
+        self.clock = torch.zeros(1, dtype=torch.int32, device=device)
+        """The number of the batch, on the device so that it also goes on where launches are replayed."""
+        self._batches = 0
         self._plan = torch.tensor(plan, dtype=torch.int64, device=device)
 
     @property
@@ -128,8 +135,9 @@ class Slots:
         return self._plan[torch.tensor(chosen, device=self.device)]
 
     def find(self, reads: Reads) -> Found:
-        """Stamp what is there, and claim places for what is not. Reads what is missing on the host, once."""
-        self._begin()
+        """Stamp what is there, and claim places for what is not, after a :meth:`tick`. On a GPU it waits for nothing
+        and may be captured in a graph; every replay then follows a tick."""
+        self.clock.add_(1)
         if use_kernels(reads.tags):
             from torch_engram.stores.slot_kernels import find_triton
 
@@ -137,7 +145,8 @@ class Slots:
         return find_naive(self, reads)
 
     def fill(self, found: Found, records: Tensor) -> None:
-        """Put the records uint8 ``[k, nbytes]`` of ``found.keys`` in their places, which are found from now on."""
+        """Put the records uint8 ``[k, nbytes]`` of ``found.keys`` in their places, which are found from now on; records
+        past ``found.count`` mean nothing."""
         if use_kernels(records):
             from torch_engram.stores.slot_kernels import fill_triton
 
@@ -162,19 +171,22 @@ class Slots:
         else:
             overwrite_naive(self, reads, records)
 
-    def release(self) -> None:
-        """Give up what was claimed and not filled, after a fetch that failed."""
-        self.tags.masked_fill_(self.tags < 0, EMPTY)
+    def release(self, found: Found) -> None:
+        """Give up what a batch has claimed, after a fetch that failed."""
+        owners = found.owners[: int(found.count)]
+        self.tags[owners[owners >= 0]] = EMPTY
 
     def clear(self) -> None:
         """Forget every entry."""
         self.tags.fill_(EMPTY)
 
-    def _begin(self) -> None:
-        if self.epoch == _LAST_EPOCH:  # stamps are 32 bits: forget who was used when
+    def tick(self) -> None:
+        """One more batch is about to be found."""
+        if self._batches == _LAST_EPOCH:  # stamps are 32 bits: forget who was used when
             self.stamps.zero_()
-            self.epoch = 0
-        self.epoch += 1
+            self.clock.zero_()
+            self._batches = 0
+        self._batches += 1
 
 
 def pick(records: Tensor, fetched: Tensor, index: Tensor) -> Tensor:
@@ -202,7 +214,7 @@ def find_naive(slots: Slots, reads: Reads) -> Found:
     first = _sets_of(tags, regions)
     hits = (slots.tags[_ways_of(first)] == tags[:, None]) & (tags >= 0)[:, None]
     hit, slot = hits.any(1), first + hits.int().argmax(1)
-    slots.stamps[slot[hit]] = slots.epoch
+    slots.stamps[slot[hit]] = slots.clock
     _count(slots, "hits", regions[hit])
     missed = (~hit).nonzero().squeeze(1)
     distinct, inverse = torch.stack((first[missed], tags[missed]), 1).unique(dim=0, return_inverse=True)
@@ -227,7 +239,7 @@ def _claim(slots: Slots, first: Tensor, tags: Tensor) -> tuple[Tensor, Tensor]:
     """A place for each of some distinct tags, sorted by set, and whether it got one: int64 and bool ``[d]``."""
     ways = _ways_of(first)
     there, stamps = slots.tags[ways], slots.stamps[ways]
-    free = (there == EMPTY) | (there >= 0) & (stamps < slots.epoch)
+    free = (there == EMPTY) | (there >= 0) & (stamps < slots.clock)
     age = torch.where(there == EMPTY, -1, stamps).masked_fill(~free, 2**31 - 1)
     rank = torch.arange(len(first), device=first.device) - torch.searchsorted(first, first)
     way = age.argsort(dim=1, stable=True).gather(1, rank.clamp(max=WAYS - 1)[:, None]).squeeze(1)
@@ -242,15 +254,15 @@ def _record(regions: Tensor, slot: Tensor) -> Tensor:
 
 def _missing(
     reads: Reads, regions: Tensor, wanted: Tensor, taken: Tensor, claimed: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, targets and owners of :class:`Found`: the rows of the reads ``wanted``, one entry after the other."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys, targets, owners and count of :class:`Found`: rows of the reads ``wanted``, one entry after the other."""
     part = torch.arange(int(regions[:, 3].max()) if len(regions) else 1, device=wanted.device)
     here = part < regions[:, 3, None]
     column = (regions[:, 4, None] + part).clamp(max=reads.rows.shape[1] - 1)
     keys = reads.rows[(wanted // reads.groups)[:, None], column] + regions[:, 5, None]
     targets = torch.where(claimed[:, None], _record(regions, taken)[:, None] + part, -1)
     owners = torch.where(claimed[:, None] & (part == 0), taken[:, None], -1)
-    return keys[here], targets[here], owners[here]
+    return keys[here], targets[here], owners[here], here.sum()[None]
 
 
 def _count(slots: Slots, what: str, regions: Tensor, by: int = 1) -> None:
@@ -259,11 +271,12 @@ def _count(slots: Slots, what: str, regions: Tensor, by: int = 1) -> None:
 
 def fill_naive(slots: Slots, found: Found, records: Tensor) -> None:
     """See :meth:`Slots.fill`."""
-    placed = found.targets >= 0
-    slots.records[found.targets[placed]] = records[placed]
-    owners = found.owners[found.owners >= 0]
+    targets, owners = (part[: min(len(records), int(found.count))] for part in (found.targets, found.owners))
+    placed = targets >= 0
+    slots.records[targets[placed]] = records[: len(targets)][placed]
+    owners = owners[owners >= 0]
     slots.tags[owners] &= ~CLAIMED
-    slots.stamps[owners] = slots.epoch
+    slots.stamps[owners] = slots.clock
 
 
 def overwrite_naive(slots: Slots, reads: Reads, records: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
 from itertools import accumulate
 
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from torch_engram.kernels import use_kernels
 from torch_engram.stores.gather import gather_rows
+from torch_engram.stores.pages import private_memory
+from torch_engram.stores.pinned import register
 from torch_engram.stores.records import ROW_MASK, SPACE_SHIFT, RecordLayout
 from torch_engram.stores.recycled import recycled
 
@@ -18,8 +22,9 @@ from torch_engram.stores.recycled import recycled
 class RecordTable:
     """Records of every row of ``spaces`` (space → rows), zeroed, in one allocation on ``device``.
 
-    Unpinned CPU memory is mapped at first touch, so a table of any size costs nothing until it is used. ``records``:
-    memory that holds the rows already, uint8 ``[rows, nbytes]`` on ``device``.
+    Unpinned CPU memory is mapped at first touch, so a table of any size costs nothing until it is used; where it cannot
+    be ``pinned``, it is not, with a warning. ``records``: memory that holds the rows already, uint8 ``[rows, nbytes]``
+    on ``device``.
     """
 
     def __init__(
@@ -32,9 +37,14 @@ class RecordTable:
     ):
         self.layout, self.spaces, self.device = layout, dict(spaces), device
         shape = (sum(spaces.values()), layout.nbytes)
-        self.records = _zeros(shape, device, pinned) if records is None else records
+        self.pinned = False
+        """Whether GPUs reach it as it is."""
+        if pinned:
+            records = self._pin(shape)
+        self.records = _zeros(shape, device) if records is None else records
         assert self.records.shape == shape
-        self._words = self.records.view(torch.int64)  # rows move as 8-byte words
+        self.words = self.records.view(torch.int64)
+        """The same, for rows move as 8-byte words: int64 ``[rows, nbytes / 8]``."""
         bases = torch.zeros(max(spaces) + 1, dtype=torch.int64)
         for space, base in zip(spaces, accumulate(spaces.values(), initial=0), strict=False):
             bases[space] = base
@@ -42,6 +52,17 @@ class RecordTable:
         """Where the rows of every space begin, int64 by its number."""
         self._changed = _zeros((len(self.records),), device)
         self.counts_from = 0
+
+    def _pin(self, shape: tuple[int, int]) -> Tensor:
+        """Zeros that are pinned: of a size of their own, where torch's allocator would take a power of two."""
+        memory = private_memory(math.prod(shape))
+        records = torch.from_numpy(memory).view(shape).zero_()  # by all threads: the driver has one
+        try:
+            register(self, memory)
+            self.pinned = True
+        except RuntimeError as error:
+            warnings.warn(f"The table cannot be pinned ({error}): copies to GPUs are slower.", stacklevel=4)
+        return records
 
     def index(self, keys: Tensor) -> Tensor:
         """Position of every key in the array, int64."""
@@ -82,9 +103,9 @@ class RecordTable:
         if use_kernels(keys):
             from torch_engram.stores.table_kernels import gather_triton
 
-            return gather_triton(self._words, self.bases, keys).view(torch.uint8)
+            return gather_triton(self.words, self.bases, keys).view(torch.uint8)
         if keys.is_cuda:
-            return self._words.index_select(0, self.index(keys)).view(torch.uint8)
+            return self.words.index_select(0, self.index(keys)).view(torch.uint8)
         index = self.checked_index(keys)
         return gather_rows(self.records, index, recycled(len(keys), self.layout.nbytes))
 
@@ -93,11 +114,11 @@ class RecordTable:
         if use_kernels(keys):
             from torch_engram.stores.table_kernels import scatter_triton
 
-            scatter_triton(self._words, self.bases, keys, records.view(torch.int64), self._changed)
+            scatter_triton(self.words, self.bases, keys, records.view(torch.int64), self._changed)
             return
         index = self.index(keys)
         self._changed.index_fill_(0, index, 1)
-        self._words.index_copy_(0, index, records.view(torch.int64))
+        self.words.index_copy_(0, index, records.view(torch.int64))
 
     def changed(self, space: int) -> Tensor:
         """Rows of one space, ascending, whose records were replaced since :meth:`forget_changes`."""
@@ -132,8 +153,8 @@ class TableStore:
         return self.table.forget_changes()
 
 
-def _zeros(shape: tuple[int, ...], device: torch.device, pinned: bool = False) -> Tensor:
+def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Zeroed bytes."""
-    if device.type == "cpu" and not pinned:  # torch.zeros would touch every page
+    if device.type == "cpu":  # torch.zeros would touch every page
         return torch.from_numpy(np.zeros(shape, np.uint8))
-    return torch.zeros(shape, dtype=torch.uint8, device=device, pin_memory=pinned)
+    return torch.zeros(shape, dtype=torch.uint8, device=device)

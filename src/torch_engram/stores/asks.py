@@ -1,0 +1,100 @@
+"""Rows that kernels have found missing, asked for in the order of a stream and brought when the host gets to it.
+
+An ask goes :meth:`Ask.send`, which only enqueues, then :meth:`Ask.sent`, then :meth:`Ask.bring` on any thread, which
+waits until the device knows what is missing and no longer. What was enqueued in between runs meanwhile.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from torch_engram.stores.pinned import pinned
+from torch_engram.stores.protocol import Store
+
+
+class Ask(Protocol):
+    """One batch of missing rows after another."""
+
+    capacity: int
+    """Rows of a batch, at most."""
+
+    records: Tensor | None
+    """uint8 ``[capacity, nbytes]``, where every batch is brought to; None where each has memory of its own."""
+
+    alone: bool
+    """Whether :meth:`read` brings all of every batch, so that :meth:`bring` can be left out."""
+
+    def send(self, keys: Tensor, count: Tensor) -> None:
+        """Say what is missing: the first ``count`` (int64 ``[1]``) of ``keys``, both on the device. May be captured."""
+
+    def sent(self) -> None:
+        """:meth:`send`, or its replay, was enqueued on the current stream, and nothing after it that is not to be
+        waited for."""
+
+    def read(self) -> None:
+        """Enqueue what the device brings of it by itself. May be captured, and may be left out of a batch whose
+        :meth:`read_beside` is called."""
+
+    def read_beside(self) -> None:
+        """As :meth:`read`, on a stream of its own."""
+
+    def bring(self) -> Tensor:
+        """The records uint8 ``[count, nbytes]`` of the batch, on the device in the order of the current stream.
+
+        Raises what the store's ``fetch`` does.
+        """
+
+
+@runtime_checkable
+class AskedStore(Store, Protocol):
+    """A store that can be asked in a better way than :class:`PlainAsk`'s."""
+
+    def new_ask(self, capacity: int, device: torch.device) -> Ask:
+        """For up to ``capacity`` rows, missed on ``device``."""
+
+
+def new_ask(store: Store, capacity: int, device: torch.device) -> Ask:
+    """How ``store`` is asked by kernels on ``device``."""
+    if device.type == "cuda" and isinstance(store, AskedStore):
+        return store.new_ask(capacity, device)
+    return PlainAsk(store, capacity, device)
+
+
+class PlainAsk:
+    """Fetches from any store, once the number of missing rows has come to the host."""
+
+    records: Tensor | None = None
+    alone = False
+
+    def __init__(self, store: Store, capacity: int, device: torch.device):
+        self._store, self.capacity = store, capacity
+        self._count = pinned((1,), torch.int64, device)
+        self._sent = torch.cuda.Event() if device.type == "cuda" else None
+
+    def send(self, keys: Tensor, count: Tensor) -> None:
+        """See :class:`Ask`."""
+        self._keys = keys
+        self._count.copy_(count, non_blocking=True)
+
+    def sent(self) -> None:
+        """See :class:`Ask`."""
+        if self._sent is not None:
+            self._sent.record()
+
+    def read(self) -> None:
+        """Nothing."""
+
+    def read_beside(self) -> None:
+        """Nothing."""
+
+    def bring(self) -> Tensor:
+        """See :class:`Ask`."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        count = int(self._count)
+        if not count:
+            return self._store.layout.empty(0, self._keys.device)
+        return self._store.fetch(self._keys[:count])

@@ -1,0 +1,124 @@
+"""Asking a table in host memory: kernels leave the places of missing rows in pinned memory, where the CPU finds them.
+
+The first of them the GPU reads by itself, as many as :class:`~torch_engram.stores.host_reads.HostReads` has measured to
+be best; the CPU gathers the others meanwhile.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from torch_engram.kernels import use_kernels
+from torch_engram.stores.pinned import pinned
+from torch_engram.stores.records import ROW_MASK, SPACE_SHIFT
+
+if TYPE_CHECKING:
+    from torch_engram.stores.host_reads import HostReads
+
+SHARES = 256
+"""What shares of a batch are counted in."""
+
+
+class HostAsk:
+    """See :class:`~torch_engram.stores.asks.Ask`: of up to ``capacity`` rows that a GPU misses."""
+
+    def __init__(self, reads: HostReads, capacity: int):
+        self._reads, self.capacity, device = reads, capacity, reads.device
+        self.records = torch.empty((capacity, reads.table.layout.nbytes), dtype=torch.uint8, device=device)
+        self.alone = reads.by_gpu(capacity) == capacity
+        self._index = pinned((capacity,), torch.int64, device)
+        self._head = pinned((2,), torch.int64, device).zero_()  # how many, and whether one of them is not there
+        self._sent = torch.cuda.Event() if device.type == "cuda" else None
+        self._beside: torch.cuda.Event | None = None
+
+    def send(self, keys: Tensor, count: Tensor) -> None:
+        """See :class:`~torch_engram.stores.asks.Ask`."""
+        self._keys, self._count = keys, count
+        where = (self._reads.bases, self._reads.rows, self._index, self._head)
+        if use_kernels(keys):
+            from torch_engram.stores.ask_kernels import send_triton
+
+            send_triton(keys, count, *where)
+        else:
+            send_naive(keys, count, *where)
+
+    def sent(self) -> None:
+        """See :class:`~torch_engram.stores.asks.Ask`."""
+        if self._sent is not None:
+            self._sent.record()
+
+    def read(self) -> None:
+        """See :class:`~torch_engram.stores.asks.Ask`."""
+        reads = self._reads
+        if reads.words is None or not (reads.staged_from or reads.share):
+            return
+        table = (reads.words, self._keys, self._count, reads.bases, reads.rows)
+        if use_kernels(self._keys):
+            from torch_engram.stores.ask_kernels import read_triton
+
+            read_triton(*table, reads.staged_from, reads.share, self.records)
+        else:
+            read_naive(*table, reads.staged_from, reads.share, self.records)
+
+    def read_beside(self) -> None:
+        """See :class:`~torch_engram.stores.asks.Ask`."""
+        if self._reads.beside is None:
+            self.read()
+            return
+        assert self._sent is not None
+        with torch.cuda.stream(self._reads.beside):
+            self._reads.beside.wait_event(self._sent)
+            self.read()
+            self._beside = self._reads.beside.record_event()
+
+    def bring(self) -> Tensor:
+        """See :class:`~torch_engram.stores.asks.Ask`. Raises ``ValueError`` naming a row or a space that is not
+        there."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        count, strange = self._head.tolist()
+        if strange:
+            self._head[1] = 0
+            self._reads.table.checked_index(self._keys[:count].cpu())
+        by_gpu = self._reads.by_gpu(count)
+        if by_gpu < count:
+            table, index, out = self._reads.table.records, self._index[by_gpu:count], self.records[by_gpu:count]
+            self._reads.staging.move(table, index, out, self._sent)
+        if self._beside is not None:
+            torch.cuda.current_stream(self._reads.device).wait_event(self._beside)
+            self._beside = None
+        return self.records[:count]
+
+
+def send_naive(keys: Tensor, count: Tensor, bases: Tensor, rows: Tensor, index: Tensor, head: Tensor) -> None:
+    """Put the places in the table of the first ``count`` of ``keys`` int64 ``[capacity]`` in ``index``, -1 for a row
+    that is not there, and ``count`` in ``head[0]``; ``head[1]`` becomes 1 where a row was not there.
+
+    ``bases``, ``rows``: int64 by space, where its rows begin and how many it has; 0 for one that is not there.
+    """
+    wanted = keys[: int(count)]
+    at, known = _located(wanted, bases, rows)
+    index[: len(wanted)] = torch.where(known, at, -1)
+    head[0] = len(wanted)
+    if not known.all():
+        head[1] = 1
+
+
+def read_naive(
+    words: Tensor, keys: Tensor, count: Tensor, bases: Tensor, rows: Tensor, staged_from: int, share: int, out: Tensor
+) -> None:
+    """Put the first of the wanted rows in ``out`` uint8 ``[capacity, nbytes]``: all where they are fewer than
+    ``staged_from``, else ``share`` of :data:`SHARES`. ``words``: int64, the table."""
+    many = int(count)
+    at, known = _located(keys[: many if many < staged_from else many * share // SHARES], bases, rows)
+    out[: len(at)][known] = words[at[known].to(words.device)].view(torch.uint8).to(out.device)
+
+
+def _located(keys: Tensor, bases: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    space, row = keys >> SPACE_SHIFT, keys & ROW_MASK
+    known = (space >= 0) & (space < len(rows))
+    space = space.where(known, 0)
+    return bases[space] + row, known & (row < rows[space])
