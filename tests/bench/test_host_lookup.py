@@ -1,8 +1,9 @@
-"""What the measurement of host lookups is made of: tables without files, fresh text, a kernel that reads rows."""
+"""The measurement of host lookups goes through on small sizes: right rows, fresh text, every case that claims name."""
 
 from __future__ import annotations
 
 import importlib
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,13 +13,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
+from torch_engram import memory
 from torch_engram.addressing import CanonicalVocab
 from torch_engram.data import TokenFile
+from torch_engram.memory import MemoryBank, Tokens
 from torch_engram.stores import shared_memory
+from torch_engram.window import Window
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
+CLAIMS = {claim["id"]: claim for claim in tomllib.loads((ROOT / "benchmarks" / "claims.toml").read_text())["claim"]}
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +42,20 @@ def text_of(tokens: int) -> TokenFile:
     """Documents of 97 tokens, of 60 ids."""
     ids = np.random.default_rng(0).integers(0, 60, tokens).astype(np.uint16)
     return TokenFile(Path("text"), ids, np.arange(0, tokens, 97), tokens, 60, 0, "")
+
+
+class Decoding:
+    """Decoding by the general path, in the form of the quick one."""
+
+    def __init__(self, bank: MemoryBank, sequences: int):
+        self._bank, self._sequences = bank, sequences
+
+    def begin(self, history: Window) -> None:
+        self._history = history
+
+    def read(self, ids: Tensor, after: None = None) -> None:
+        assert ids.shape == (self._sequences, 1) and ids.is_contiguous()
+        self.wait = self._bank.read(Tokens(ids, history=self._history)).wait
 
 
 @pytest.mark.parametrize("placement", ["host", "device"])
@@ -98,3 +118,28 @@ def test_the_kernel_reads_rows_and_no_others(rows: int, width: int, wanted: int,
     if wanted:
         pinned_reads.read_rows(table, index, out, data.draw(st.sampled_from(pinned_reads.SHAPES)))
     assert torch.equal(out[:wanted], table[index, :width]) and (out[wanted:] == -1).all()
+
+
+def test_every_case_of_the_claims_is_measured_and_small_sizes_are_not_recorded(
+    sparse_tables: ModuleType, monkeypatch: pytest.MonkeyPatch, make_vocab: Callable[..., CanonicalVocab]
+) -> None:
+    script, run = (importlib.import_module(name) for name in ("host_lookup_gpu", "lookup_run"))
+    written: dict[str, set[str]] = {}
+    monkeypatch.setattr(script, "record", lambda *_, **__: pytest.fail("nothing is to be recorded"))
+    monkeypatch.setattr(script, "show", lambda claim, case, *_, **__: written.setdefault(claim, set()).add(case))
+    monkeypatch.setattr(memory, "DecodeMemory", Decoding, raising=False)
+    monkeypatch.setattr(sparse_tables, "_DRAWN", 1 << 21)
+    for name, few in (("GROUP", 2), ("LEAD", 1)):
+        monkeypatch.setattr(script, name, few)
+    # a GPU's part, as far as a CPU has it
+    monkeypatch.setattr(script, "by_bus", lambda _: {"bus-copy": [1.0, 2.0, 3.0]})
+    monkeypatch.setattr(
+        script, "pinned_words", lambda bank: sparse_tables.store_of(bank).table.records.view(torch.int64)
+    )
+    sizes = run.Sizes(
+        gigabytes=0.01, cache="1MB", warm=64, chunk=4, turns=2, alone=2, sequences=3, steps=53, steps_of_one=54,
+        general_steps=52,
+    )  # fmt: skip
+    script.measure(text_of(2000), make_vocab(), sizes, CPU)
+    claims = {claim: entry for claim, entry in CLAIMS.items() if entry["script"].endswith("host_lookup_gpu.py")}
+    assert written == {claim: {*entry["cases"], *entry["beside"]} for claim, entry in claims.items()}
