@@ -15,10 +15,11 @@ from torch import Tensor
 
 from torch_engram.stores import Manifest, Plane, RecordLayout, save_table, update_table
 from torch_engram.stores.file_rows import FileRows
+from torch_engram.stores.layouts import components_of
 from torch_engram.stores.named_tables import NamedTable, find_tables
 from torch_engram.stores.open_files import ChangedFile, TensorFile
 from torch_engram.stores.synthetic import random_component, synthesise
-from torch_engram.stores.tensor_files import encode_header, tensors_in
+from torch_engram.stores.tensor_files import TensorWriter, encode_header, file_size, tensors_in
 
 CODEC_NAMES = ["fp32", "bf16", "fp16", "fp8", "int8"]
 COUNTED = RecordLayout((Plane("value", 3, "bf16"), Plane("count", 1, "int32")))
@@ -198,6 +199,38 @@ def test_a_read_error_names_file_and_byte(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match=r"at byte 4,\d\d\d: check the disk.*table-00000\.safetensors"):
         table.read(1, 2)
     os.close(folder)
+
+
+@given(st.integers(1, 3000), st.data())
+def test_holes_are_rows_that_nobody_wrote(
+    tmp_path_factory: pytest.TempPathFactory, rows: int, data: st.DataObject
+) -> None:
+    file = tmp_path_factory.mktemp("sparse") / "table.safetensors"
+    components = components_of("table.weight", "fp8", 32)
+    tensors = {name: (part.dtype, (rows, part.width)) for name, part in components.items()}
+    begin, end = sorted(data.draw(st.tuples(st.integers(0, rows), st.integers(0, rows))))
+    with open(file, "wb") as opened:
+        writer = TensorWriter(opened, tensors)
+        for name, part in components.items():
+            if end > begin:
+                writer.put(name, begin, random_component(part, range(begin, end), 0))
+        opened.truncate(file_size(tensors))
+    table = FileRows.of(named(file.parent))
+    first, last = sorted(data.draw(st.tuples(st.integers(0, rows), st.integers(0, rows))))
+    if table.is_hole(first, last):
+        assert not table.read(first, last).any()
+        assert end == begin or last <= begin or first >= end or first == last
+    else:
+        assert end > begin, "what is sparse throughout has holes only"
+
+
+def test_a_file_that_was_cut_off_is_no_hole(tmp_path: Path) -> None:
+    synthesise(tmp_path / "table", "plain", 5000, 32, "fp8")
+    table = FileRows.of(named(tmp_path / "table"))
+    assert not table.is_hole(0, 5000)
+    os.truncate(table.files[0].path, 4096)
+    with pytest.raises(ChangedFile, match="was changed while it was in use"):
+        table.is_hole(4000, 5000)
 
 
 def test_what_the_system_reads_in_pieces_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

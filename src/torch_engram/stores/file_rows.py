@@ -156,6 +156,16 @@ class FileRows:
         self._read(first, last, parts)
         return tuple(part.view(kind.dtype) for part, kind in zip(parts, kinds, strict=True))
 
+    def is_hole(self, first: int, last: int) -> bool:
+        """Whether consecutive rows are zeros that were never written, in holes of the files: there is no need to read
+        them. Raises ``OSError`` naming a file that was changed."""
+        begin, end = np.searchsorted(self._changed, (first, last))
+        return bool(begin == end) and all(
+            self.files[number].is_hole(at, at + rows * column.nbytes)
+            for column in self.columns
+            for number, at, rows in column.pieces(first, last)
+        )
+
     def _read(self, first: int, last: int, targets: Sequence[Tensor]) -> None:
         """Fill ``targets``, one for every column, uint8 ``[last - first, column.nbytes]``."""
         if last > first:

@@ -30,12 +30,19 @@ class LoadedStore:
         for space, table in tables.items():
             records = self.table.records[self.table.span(space)]
             for first in range(0, table.rows, _CHUNK_ROWS):
-                last = min(first + _CHUNK_ROWS, table.rows)
-                records[first:last] = reencode(table.read(first, last), table.layout, layout)
+                load_rows(table, first, records[first : first + _CHUNK_ROWS], layout)
 
     def fetch(self, keys: Tensor, group: Tensor | None = None) -> Tensor:
         """See :class:`~torch_engram.stores.protocol.Store`."""
         return self.table.gather(keys)
+
+
+def load_rows(table: FileRows, first: int, records: Tensor, layout: RecordLayout) -> None:
+    """Put consecutive rows of a table, from ``first`` on, into zeroed ``records`` uint8 ``[n, nbytes]`` of ``layout``:
+    holes of the files stay zeros, and are not read."""
+    last = first + len(records)
+    if table.layout != layout or not table.is_hole(first, last):
+        records.copy_(reencode(table.read(first, last), table.layout, layout))
 
 
 def reencode(records: Tensor, source: RecordLayout, target: RecordLayout) -> Tensor:

@@ -7,6 +7,7 @@ the name as well asks for it.
 
 from __future__ import annotations
 
+import errno
 import os
 import weakref
 from pathlib import Path
@@ -78,6 +79,18 @@ class OpenFile:
                 self.require_unchanged()
                 raise OSError(f"{self.path} ends at byte {at:,}: fetch or write it again.")
             view, at = view[done:], at + done
+
+    def is_hole(self, start: int, stop: int) -> bool:
+        """Whether nobody ever wrote bytes ``start`` to ``stop``, which then read as zeros. False where the file system
+        does not say. Raises :class:`ChangedFile` as :meth:`require_unchanged` does."""
+        try:
+            data = os.lseek(self.descriptor, start, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                return False
+            data = self.size  # there are none up to the end
+        self.require_unchanged()
+        return data >= stop
 
     def _read(self, view: memoryview, at: int) -> int:
         try:

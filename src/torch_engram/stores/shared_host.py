@@ -15,7 +15,7 @@ from torch import Tensor
 from torch_engram.stores.file_rows import FileRows
 from torch_engram.stores.host_asks import HostAsk
 from torch_engram.stores.host_reads import HostReads
-from torch_engram.stores.loaded import reencode
+from torch_engram.stores.loaded import load_rows
 from torch_engram.stores.pages import Bytes
 from torch_engram.stores.records import RecordLayout
 from torch_engram.stores.shared_memory import node_memory
@@ -82,14 +82,16 @@ def digest_of(tables: Mapping[int, FileRows], layout: RecordLayout) -> str:
 
 
 def _fill(memory: Bytes, tables: Mapping[int, FileRows], layout: RecordLayout) -> None:
-    """Put the records of all tables side by side, a few bounded pieces at a time."""
+    """Put the records of all tables side by side into zeroed memory, a few bounded pieces at a time."""
     records = torch.from_numpy(memory).view(-1, layout.nbytes)
     rows = max(1, _PIECE // layout.nbytes)
     pieces: list[Callable[[], None]] = []
     base = 0
     for table in tables.values():
         part = records[base : base + table.rows]
-        pieces += [_piece(table, part, layout, first, rows) for first in range(0, table.rows, rows)]
+        pieces += [
+            partial(load_rows, table, first, part[first : first + rows], layout) for first in range(0, table.rows, rows)
+        ]
         base += table.rows
     with ThreadPoolExecutor(_READERS, thread_name_prefix="engram-load") as readers:
         loading = [readers.submit(piece) for piece in pieces]
@@ -99,11 +101,3 @@ def _fill(memory: Bytes, tables: Mapping[int, FileRows], layout: RecordLayout) -
         except BaseException:
             readers.shutdown(cancel_futures=True)
             raise
-
-
-def _piece(table: FileRows, records: Tensor, layout: RecordLayout, first: int, rows: int) -> Callable[[], None]:
-    def load() -> None:
-        last = min(first + rows, table.rows)
-        records[first:last] = reencode(table.read(first, last), table.layout, layout)
-
-    return load
