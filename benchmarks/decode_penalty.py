@@ -6,7 +6,7 @@ Decoders in the shapes of Qwen3's 4 B and 8 B, of random weights in bf16, decode
 100 to 1,024 tokens at first and take 24 steps a round. All is in CUDA graphs. What the sequences say next is replayed
 from the second half of a natural text (`dev/build_natural_text.py`), fresh in every round; the first half has filled
 the cache. The memory is `deepseek-v4.1`'s at block 2, with one branch, its table of 64 GB in host memory behind a
-cache of 8 GB in HBM; its rows are zeros, which are moved and multiplied as others are.
+cache of 8 GB in HBM.
 
 In every round take their turns the model without memory (as one graph a step and as two: the quicker counts), with a
 table of 1 GB in HBM, and with the table in host memory. Of the tokens a second of one round:
@@ -14,7 +14,8 @@ table of 1 GB in HBM, and with the table in host memory. Of the tokens a second 
 - penalty: host memory below no memory; fusion: HBM below no memory; placement: host memory below HBM.
 
 Beside them stands what share of the card's copy rate the model without memory reaches, counting its weights and the
-keys and values that it reads: a slow model would hide what a memory costs.
+keys and values that it reads: a slow model would hide what a memory costs. It cannot be the whole of it, since products
+with 512 rows take longer than their weights to read.
 """
 
 from __future__ import annotations
@@ -22,19 +23,16 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Mapping
-from functools import partial
 
 import torch
-from decoding.attention import RaggedCache, attend
-from decoding.model import SHAPES, DecodeModel, Shape
+from decoding.model import SHAPES, Shape
 from decoding.replay import LAYER, PROMPT, Batch, Decoding, Remembered
-from decoding.stand import Note, Text, below, engram_for, notes, share_found, spread
+from decoding.stand import Note, Text, below, build, engram_for, notes, take, tell
 from sparse_tables import host_bank
 
-from torch_engram.bench.timing import copy_rate, in_turns, median
+from torch_engram.bench.timing import copy_rate, median
 from torch_engram.memory import DecodeMemory, MemoryBank
 
-LENGTHS = 100, 1024
 SMALL_GB = 1.0
 
 
@@ -43,23 +41,8 @@ def ways(batch: Batch, banks: Mapping[str, MemoryBank]) -> dict[str, Decoding]:
     module = engram_for(banks["host"], batch.model.shape.hidden)
     found = {"dense-1-graph": Decoding(batch, graphs=1), "dense-2-graphs": Decoding(batch)}
     for name, bank in banks.items():
-        found[name] = Decoding(batch, Remembered(bank, DecodeMemory(bank, len(batch.ids)), module))
+        found[name] = Decoding(batch, Remembered(bank, DecodeMemory(bank, len(batch.text)), module))
     return found
-
-
-def build(shape: Shape, sequences: int, steps: int, text: torch.Tensor, device: torch.device) -> Batch:
-    """A model with its cache of keys and values, attention's setting chosen."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    lengths = spread(sequences, *LENGTHS)
-    cache = RaggedCache(lengths, steps + 1, shape.layers, shape.groups, shape.width, device, dtype)
-    model = DecodeModel(shape, cache.positions, device, dtype)
-    if device.type == "cuda":
-        from decoding.kernels import choose_setting
-
-        qkv = torch.randn(sequences, (shape.heads + 2 * shape.groups) * shape.width, device=device, dtype=dtype)
-        norms = model.layers[0].query_norm, model.layers[0].key_norm
-        print("attention:", choose_setting(lambda: attend(qkv, *norms, model.cos, model.sin, cache, 0)), flush=True)
-    return Batch(model, cache, text)
 
 
 def measure(shape: Shape, banks: Mapping[str, MemoryBank], text: Text, asked: argparse.Namespace, note: Note) -> None:
@@ -67,11 +50,7 @@ def measure(shape: Shape, banks: Mapping[str, MemoryBank], text: Text, asked: ar
     device, rate = banks["host"].device, copy_rate(banks["host"].device)
     tokens = text.fresh(asked.sequences, PROMPT + (asked.rounds + 1) * asked.steps + 1)
     batch = build(shape, asked.sequences, asked.steps, tokens, device)
-    takes = {name: partial(way.rate, asked.steps) for name, way in ways(batch, banks).items()}
-    in_turns(takes, 1)
-    before = banks["host"].cache_counts()
-    rates = in_turns(takes, asked.rounds)
-    found = share_found(before, banks["host"].cache_counts())
+    rates, found = take(ways(batch, banks), banks["host"], asked.rounds, asked.steps)
     quicker = max(("dense-1-graph", "dense-2-graphs"), key=lambda name: median(rates[name]))
     dense, hbm, host = rates[quicker], rates["hbm"], rates["host"]
     for case, slow, fast in (("penalty", host, dense), ("fusion", hbm, dense), ("placement", host, hbm)):
@@ -85,7 +64,7 @@ def measure(shape: Shape, banks: Mapping[str, MemoryBank], text: Text, asked: ar
         note("hits", [found], "of n-grams")
     assert bool(batch.logits.isfinite().all()), "what was computed is not finite"
     if device.type == "cuda":
-        print(f"peak of memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
+        tell(f"peak of memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
 def main() -> None:
@@ -104,12 +83,14 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     text = Text(asked.text, asked.tokenizer)
+    tell("text is there")
     banks = {
         "hbm": host_bank((LAYER,), min(SMALL_GB, asked.gigabytes), text.vocab, None, device, placement="device"),
         "host": host_bank((LAYER,), asked.gigabytes, text.vocab, asked.cache, device),
     }
+    tell("tables are there")
     warmed = text.warm(banks["host"], asked.warm)
-    print(f"cache filled with {warmed:,} tokens", flush=True)
+    tell(f"cache filled with {warmed:,} tokens")
     for name in ["tiny"] if asked.tiny else asked.shapes:
         note = notes(f"decode-penalty-{name}", device, keep=not asked.tiny)
         measure(SHAPES[name], banks, text, asked, note)

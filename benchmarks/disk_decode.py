@@ -18,20 +18,19 @@ import argparse
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
-from decode_penalty import build
 from decoding.model import SHAPES, Shape
 from decoding.replay import LAYER, PROMPT, Decoding, Remembered
-from decoding.stand import Note, Text, below, engram_for, notes, share_found
+from decoding.stand import Note, Text, below, build, engram_for, notes, take, tell
+from torch import Tensor
 
 from torch_engram.bench.lookup_tables import row_bytes, scaled, synthesise_layers
-from torch_engram.bench.timing import copy_rate, in_turns, median
+from torch_engram.bench.timing import copy_rate, median
 from torch_engram.config import EngramConfig
 from torch_engram.memory import DecodeMemory, MemoryBank
-from torch_engram.stores import NgramCache
+from torch_engram.stores import NgramCache, Store
 
 CLAIM = "disk-decode-penalty"
 
@@ -53,13 +52,27 @@ def banks_of(folder: Path, gigabytes: float, text: Text, cache: str, device: tor
     return {"hbm": bank("device"), "disk": bank("disk-direct", cache)}
 
 
+class Either:
+    """One store and later another one, of the same rows."""
+
+    grouped = False
+
+    def __init__(self, chosen: Store):
+        self.chosen, self.layout, self.spaces = chosen, chosen.layout, chosen.spaces
+
+    def fetch(self, keys: Tensor, group: Tensor | None = None) -> Tensor:
+        """See :class:`~torch_engram.stores.Store`."""
+        return self.chosen.fetch(keys)
+
+
 def warm(banks: Mapping[str, MemoryBank], text: Text, tokens: int) -> int:
     """Fill the cache in front of the disk with what the same table in HBM has."""
     front, above = (banks[name].source(banks[name].tables[0]).store for name in ("disk", "hbm"))
     assert isinstance(front, NgramCache) and front.layout == above.layout
-    on_disk, front.store = front.store, above
+    on_disk = front.store
+    front.store = either = Either(above)
     warmed = text.warm(banks["disk"], tokens)
-    front.store = on_disk
+    front.store = either.chosen = on_disk
     return warmed
 
 
@@ -71,22 +84,19 @@ def measure(
     tokens = text.fresh(sequences, PROMPT + (asked.rounds + 1) * asked.steps + 1)
     batch = build(shape, sequences, asked.steps, tokens, device)
     module = engram_for(disk, shape.hidden)
-    takes = {
-        name: partial(Decoding(batch, Remembered(bank, DecodeMemory(bank, sequences), module)).rate, asked.steps)
-        for name, bank in banks.items()
+    ways = {
+        name: Decoding(batch, Remembered(bank, DecodeMemory(bank, sequences), module)) for name, bank in banks.items()
     }
-    in_turns(takes, 1)
-    before = disk.cache_counts()
-    rates = in_turns(takes, asked.rounds)
-    found = share_found(before, disk.cache_counts())
+    rates, found = take(ways, disk, asked.rounds, asked.steps)
     hbm, slower = rates["hbm"], rates["disk"]
-    note(f"{sequences}", below(slower, hbm), "share", reference=median(hbm), ratio=median(slower) / median(hbm))
+    case = f"decode-{sequences}"
+    note(case, below(slower, hbm), "share", reference=median(hbm), ratio=median(slower) / median(hbm))
     for name, samples in rates.items():
-        note(f"{sequences}-{name}-speed", samples, "tokens/s")
+        note(f"{case}-{name}-speed", samples, "tokens/s")
     moved = batch.model.bytes_read + batch.cache.bytes_read(asked.steps)
-    note(f"{sequences}-hbm-of-copy-rate", [moved * s / (1e3 * sequences) / rate for s in hbm], "share")
+    note(f"{case}-hbm-of-copy-rate", [moved * s / (1e3 * sequences) / rate for s in hbm], "share")
     if found is not None:
-        note(f"{sequences}-hits", [found], "of n-grams")
+        note(f"{case}-hits", [found], "of n-grams")
     assert bool(batch.logits.isfinite().all()), "what was computed is not finite"
 
 
@@ -100,17 +110,18 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=13_000_000, help="tokens that fill the cache, at most")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--tiny", action="store_true", help="a toy model, nothing recorded; runs on a CPU")
     asked = parser.parse_args()
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     note = notes(CLAIM, device, keep=not asked.tiny)
     text = Text(asked.text, asked.tokenizer)
+    tell("text is there")
     asked.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=asked.folder) as beside:
         banks = banks_of(Path(beside), asked.gigabytes, text, asked.cache, device)
-        print("tables are there", flush=True)
+        tell("tables are there")
         note("warmed", [float(warm(banks, text, asked.warm))], "tokens")
         note("table", [asked.gigabytes], "GB")
         for sequences in asked.sequences:

@@ -10,19 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from decoding.attention import EPS
 from torch import Tensor
 
+from decoding.attention import EPS
 from torch_engram.bench.timing import median, milliseconds
 
 LOG2_E = 1.4426950408889634
 _ACTIVATION = 1024
 _SETTINGS: list[dict[str, int]] = [
     {"BLOCK": block, "STAGES": stages, "num_warps": warps}
-    for block, stages, warps in ((64, 3, 4), (32, 4, 2), (32, 4, 4), (64, 2, 4), (128, 2, 4))
+    for block, stages, warps in ((64, 3, 4), (32, 4, 2), (32, 4, 4), (128, 2, 4))
 ]
 _chosen: dict[str, int] = _SETTINGS[0]
 
@@ -64,7 +63,7 @@ def swiglu_triton(gate_up: Tensor) -> Tensor:
 
 @triton.jit
 def _turned(heads, here, scale, cos, sin, eps, D: tl.constexpr):
-    """Heads in fp32, normed, scaled and turned; ``heads``: where each begins, ``[rows, 1]``; zero where not ``here``."""
+    """Heads ``[rows, D]`` in fp32, normed, scaled and turned; ``heads``: where each begins. Zero where not ``here``."""
     number = tl.arange(0, D)
     other = (number + D // 2) % D  # the one that it is turned with
     x = tl.load(heads + number[None], mask=here, other=0.0).to(tl.float32)

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from decoding.attention import EPS, RaggedCache, attend, swiglu
 from torch import Tensor
+
+from decoding.attention import EPS, RaggedCache, attend, swiglu
 
 
 @dataclass(frozen=True)

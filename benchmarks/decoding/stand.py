@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +13,32 @@ import torch
 from record import record
 from torch import Tensor
 
+from decoding.attention import RaggedCache, attend
+from decoding.model import DecodeModel, Shape
+from decoding.replay import Batch, Decoding
 from torch_engram.addressing import CanonicalVocab
 from torch_engram.bench.cache_hits import Counts, Hits
-from torch_engram.bench.timing import median
+from torch_engram.bench.timing import in_turns, median
 from torch_engram.data import TokenFile, load_tokenizer, open_corpus, tokenize_corpus
 from torch_engram.fusion import Engram
 from torch_engram.memory import MemoryBank
 
 TOKENS = Path(__file__).parents[2] / ".cache" / "tokens"
+LENGTHS = 100, 1024
+"""Tokens of the shortest and the longest sequence at first."""
 WARM_READ = (4, 8192)
 """Stretches and their tokens of one read that fills a cache."""
 WARM_SECONDS = 25.0
 """When filling a cache ends at the latest."""
+_START = time.perf_counter()
 
 Note = Callable[..., None]
 """``note(case, samples, unit)``, and ``reference`` and ``ratio`` as for :func:`record`."""
+
+
+def tell(what: str) -> None:
+    """How far it is, and after how many seconds."""
+    print(f"{time.perf_counter() - _START:4.0f} s: {what}", flush=True)
 
 
 class Text:
@@ -53,12 +65,11 @@ class Text:
     def warm(self, bank: MemoryBank, tokens: int) -> int:
         """Fill a bank's cache with the last ``tokens`` of the first half, or as many as there is time for; how many
         that were."""
-        many, length = WARM_READ
-        length = min(length, max(1, self._half // many))
+        (many, length), tokens = WARM_READ, min(tokens, self._half)
+        length = max(1, min(length, tokens // many))
         start, read = time.perf_counter(), 0
-        first = max(0, self._half - tokens)
-        while first + read + many * length <= self._half and time.perf_counter() - start < WARM_SECONDS:
-            ids = self._ids(first + read, many * length).view(many, length)
+        while read + many * length <= tokens and time.perf_counter() - start < WARM_SECONDS:
+            ids = self._ids(self._half - tokens + read, many * length).view(many, length)
             memory = bank.read(ids.to(bank.device))
             for layer in bank.config.layers:
                 memory.wait(layer)
@@ -74,6 +85,37 @@ def spread(sequences: int, shortest: int, longest: int) -> list[int]:
     """Lengths evenly from ``shortest`` to ``longest``, the longest first, so that no long one is begun last."""
     width = (longest - shortest) / sequences
     return [round(longest - width * (each + 0.5)) for each in range(sequences)]
+
+
+def build(shape: Shape, sequences: int, steps: int, text: Tensor, device: torch.device) -> Batch:
+    """A model with its cache of keys and values, attention's setting chosen."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    lengths = spread(sequences, *LENGTHS)
+    cache = RaggedCache(lengths, steps + 1, shape.layers, shape.groups, shape.width, device, dtype)
+    model = DecodeModel(shape, cache.positions, device, dtype)
+    if device.type == "cuda":
+        from decoding.kernels import choose_setting
+
+        qkv = torch.randn(sequences, (shape.heads + 2 * shape.groups) * shape.width, device=device, dtype=dtype)
+        norms = model.layers[0].query_norm, model.layers[0].key_norm
+        chosen = choose_setting(lambda: attend(qkv, *norms, model.cos, model.sin, cache, 0))
+        tell(f"{sequences} sequences, attention {chosen}")
+    return Batch(model, cache, text)
+
+
+def take(
+    ways: Mapping[str, Decoding], cached: MemoryBank, rounds: int, steps: int
+) -> tuple[dict[str, list[float]], float | None]:
+    """Tokens a second of every way, one sample a round, in which they take turns; and of n-grams what the cache of
+    ``cached`` had. Raises ``ValueError`` for a way whose memory is not that of its tokens."""
+    takes = {name: partial(way.rate, steps) for name, way in ways.items()}
+    in_turns(takes, 1)
+    for way in ways.values():
+        way.require_right()
+    tell("all graphs are captured and have run")
+    before = cached.cache_counts()
+    rates = in_turns(takes, rounds)
+    return rates, share_found(before, cached.cache_counts())
 
 
 def engram_for(bank: MemoryBank, hidden: int) -> Engram:

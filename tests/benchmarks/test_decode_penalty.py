@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,24 @@ from torch_engram.memory import FixedMemory, MemoryBank, Tokens
 from torch_engram.window import Window
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-attention: Any = pytest.importorskip("decoding.attention")
-kernels: Any = pytest.importorskip("decoding.kernels")
-model: Any = pytest.importorskip("decoding.model")
-replay: Any = pytest.importorskip("decoding.replay")
-stand: Any = pytest.importorskip("decoding.stand")
+attention: Any = import_module("decoding.attention")
+kernels: Any = import_module("decoding.kernels")
+model: Any = import_module("decoding.model")
+replay: Any = import_module("decoding.replay")
+stand: Any = import_module("decoding.stand")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the interpreter multiplies no bf16
 
 
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel forgets to write is not a number."""
+    real = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **options: real(*args, **options).fill_(torch.nan))
+
+
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("heads, groups", [(1, 1), (4, 2), (8, 2)])
 @pytest.mark.parametrize("setting", range(3))
@@ -50,6 +59,7 @@ def test_attention_equals_its_twin(heads: int, groups: int, dtype: torch.dtype, 
     assert torch.equal(cells[new, :, 1], qkv.view(len(lengths), -1, width)[:, -groups:])
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("size", [(1, 1), (3, 70), (2, 1025)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activation_equals_its_twin(size: tuple[int, int], dtype: torch.dtype) -> None:
@@ -64,7 +74,7 @@ class Reads:
 
     def __init__(self, bank: MemoryBank, sequences: int):
         self.bank, self.fixed = bank, FixedMemory(bank, sequences, 1)
-        self.wait, self.seen = self.fixed.wait, []
+        self.ids, self.wait, self.seen = torch.zeros(sequences, 1, dtype=torch.int64), self.fixed.wait, []
 
     def begin(self, history: Window) -> None:
         self.history = history
@@ -125,7 +135,11 @@ def test_steps_equal_the_whole(make_bank: Callable[..., MemoryBank]) -> None:
         without = batch.logits.clone()
         assert decoding.rate(steps) > 0
         assert torch.equal(torch.stack(memory.seen[-steps:], 1), text[:, first : first + steps])
+        decoding.require_right()
         assert cache.lengths.tolist() == [length + steps for length in lengths]
         expected = whole(decoder, cache, bank, engram, text[:, : first + steps], first)
         torch.testing.assert_close(batch.logits, expected, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(without, batch.logits, atol=1e-3)
+    memory.fixed.wait(replay.LAYER)[bank.name][0, 0, 0] += 1
+    with pytest.raises(ValueError, match="nothing is timed"):
+        decoding.require_right()
