@@ -31,7 +31,12 @@ HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the int
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kernel forgets to write is not a number."""
     real = Tensor.new_empty
-    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **options: real(*args, **options).fill_(torch.nan))
+
+    def poison(*args: Any, **options: Any) -> Tensor:
+        made = real(*args, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made  # the interpreter makes others, too
+
+    monkeypatch.setattr(Tensor, "new_empty", poison)
 
 
 @pytest.mark.usefixtures("poisoned")
