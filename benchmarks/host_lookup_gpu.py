@@ -49,7 +49,7 @@ from torch_engram.bench.limits import bus_copy
 from torch_engram.bench.lookups import WARM_UP, Read, rows_asked
 from torch_engram.bench.timing import median
 from torch_engram.data import TokenFile, load_tokenizer, open_corpus, tokenize_corpus
-from torch_engram.memory import Memory, MemoryBank, Tokens
+from torch_engram.memory import DecodeMemory, Memory, MemoryBank, Tokens
 from torch_engram.stores.gather import gather_rows
 from torch_engram.stores.recycled import recycled
 from torch_engram.window import Window
@@ -200,8 +200,6 @@ def alone(run: Run, bus: float | None) -> None:
 
 def decode(run: Run, sequences: int, steps: int, claim: str, claim_p99: str) -> None:
     """Record steps of so many sequences."""
-    from torch_engram.memory import DecodeMemory
-
     memory = DecodeMemory(run.bank, sequences)
 
     def read(ids: Tensor) -> DecodeMemory:

@@ -13,14 +13,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
-from torch_engram import memory
 from torch_engram.addressing import CanonicalVocab
 from torch_engram.data import TokenFile
-from torch_engram.memory import MemoryBank, Tokens
 from torch_engram.stores import shared_memory
-from torch_engram.window import Window
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -42,20 +38,6 @@ def text_of(tokens: int) -> TokenFile:
     """Documents of 97 tokens, of 60 ids."""
     ids = np.random.default_rng(0).integers(0, 60, tokens).astype(np.uint16)
     return TokenFile(Path("text"), ids, np.arange(0, tokens, 97), tokens, 60, 0, "")
-
-
-class Decoding:
-    """Decoding by the general path, in the form of the quick one."""
-
-    def __init__(self, bank: MemoryBank, sequences: int):
-        self._bank, self._sequences = bank, sequences
-
-    def begin(self, history: Window) -> None:
-        self._history = history
-
-    def read(self, ids: Tensor, after: None = None) -> None:
-        assert ids.shape == (self._sequences, 1) and ids.is_contiguous()
-        self.wait = self._bank.read(Tokens(ids, history=self._history)).wait
 
 
 @pytest.mark.parametrize("placement", ["host", "device"])
@@ -127,7 +109,6 @@ def test_every_case_of_the_claims_is_measured_and_small_sizes_are_not_recorded(
     written: dict[str, set[str]] = {}
     monkeypatch.setattr(script, "record", lambda *_, **__: pytest.fail("nothing is to be recorded"))
     monkeypatch.setattr(script, "show", lambda claim, case, *_, **__: written.setdefault(claim, set()).add(case))
-    monkeypatch.setattr(memory, "DecodeMemory", Decoding, raising=False)
     monkeypatch.setattr(sparse_tables, "_DRAWN", 1 << 21)
     for name, few in (("GROUP", 2), ("LEAD", 1)):
         monkeypatch.setattr(script, name, few)
