@@ -202,8 +202,8 @@ def decode(run: Run, sequences: int, steps: int, claim: str, claim_p99: str) -> 
     """Record steps of so many sequences."""
     memory = DecodeMemory(run.bank, sequences)
 
-    def read(ids: Tensor) -> DecodeMemory:
-        memory.read(ids)
+    def read(_: Tensor) -> DecodeMemory:
+        memory.read(memory.ids)
         return memory
 
     prompts, steps_ids = places(run, sequences, steps)
@@ -211,12 +211,12 @@ def decode(run: Run, sequences: int, steps: int, claim: str, claim_p99: str) -> 
     sofar = prompts
     for ids in steps_ids[:CHECKED_STEPS]:
         sofar = torch.cat((sofar, ids), 1)
-        read(ids)
+        memory.read(ids)
         found = [memory.wait(layer)[run.bank.name][:CHECKED] for layer in LAYERS]
         require_right(run.bank, row_index(run.bank, sofar[:CHECKED])[:, :, -1:], found)
-    timed_steps(run, steps_ids[CHECKED_STEPS:DECODE_WARM_UP], read)
+    timed_steps(run, steps_ids[CHECKED_STEPS:DECODE_WARM_UP], read, memory.ids.copy_)
     before = run.bank.cache_counts()
-    took = timed_steps(run, steps_ids[DECODE_WARM_UP:], read)
+    took = timed_steps(run, steps_ids[DECODE_WARM_UP:], read, memory.ids.copy_)
     run.write(claim, "read", took, "us")
     run.write(claim_p99, "read-p99", [p99(took)], "us")
     run.write_hits(claim, "read", before, len(took), "bytes/step")
@@ -242,10 +242,17 @@ def seen(run: Run, prompts: Tensor) -> Window:
     return history
 
 
-def timed_steps(run: Run, steps: Sequence[Tensor], read: Callable[[Tensor], Memory]) -> list[float]:
-    """Microseconds of every step, from ids ``[B, 1]`` on the device until all layers' embeddings are there."""
+def timed_steps(
+    run: Run,
+    steps: Sequence[Tensor],
+    read: Callable[[Tensor], Memory],
+    sample: Callable[[Tensor], object] = lambda ids: None,
+) -> list[float]:
+    """Microseconds of every step, from ids ``[B, 1]`` on the device, where ``sample`` has left them, until all layers'
+    embeddings are there."""
     took = []
     for ids in steps:
+        sample(ids)
         run.wait_for_all()
         begun = time.perf_counter()
         memory = read(ids)

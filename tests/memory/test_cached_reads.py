@@ -91,7 +91,7 @@ def test_a_fetch_that_fails_is_told_and_the_next_ones_are_right(make_bank: Make)
                 told += 1
             else:
                 assert torch.equal(got, plain.read(batch).wait(layer)["engram"])
-    assert told == 3
+    assert told >= 6 and not store.fails  # all layers of a read, and of reads that had begun by then
     for batch in tokens:
         for layer in bank.config.layers:
             assert torch.equal(bank.read(batch).wait(layer)["engram"], plain.read(batch).wait(layer)["engram"])

@@ -75,7 +75,7 @@ def make_kernel_bank(make_bank: Make, in_place: None, monkeypatch: pytest.Monkey
     def make(config: dict[str, Any] | None = None, **options: Any) -> MemoryBank:
         bank = make_bank(config, **options)
         if bank.device.type == "cpu":
-            monkeypatch.setattr(bank, "_worker", Inline())
+            monkeypatch.setattr(bank._prefetcher, "_worker", Inline())
         return bank
 
     return make

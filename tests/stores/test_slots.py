@@ -199,3 +199,29 @@ def test_a_budget_without_a_set_for_each_region_is_refused() -> None:
     assert len(table().tags) == 4 * WAYS
     with pytest.raises(ValueError, match=f"give {least():,} or more"):
         Slots(REGIONS, NBYTES, least() - 1, DEVICE)
+
+
+@reuse
+@given(st.integers(1, 3), st.lists(st.integers(1, 30), min_size=3, max_size=3), st.integers(0, 99))
+def test_a_batch_may_begin_before_the_last_one_is_filled(sets: int, sizes: list[int], seed: int) -> None:
+    """Served after the last one, it finds what that one brought, and nothing is fetched twice."""
+    slots, generator = table(sets), torch.Generator().manual_seed(seed)
+    asked = [ngrams(slots, torch.randint(25, (2, size, 2), generator=generator)) for size in sizes]
+    begun = []
+    for number, reads in enumerate((*asked, None)):
+        if reads is not None:
+            slots.tick()
+            found = slots.find(reads)
+            begun.append((reads, found.first(int(found.count))))
+        if number:
+            earlier, found = begun[number - 1]
+            fetched = record_of(found.keys)
+            slots.fill(found, fetched)
+            for where, keys in zip(found.where.tolist(), keys_of(earlier), strict=True):
+                index = where + torch.arange(len(keys), device=DEVICE) * (1 if where >= 0 else -1)
+                assert torch.equal(pick(slots.records, fetched, index), record_of(keys))
+    check_tags(slots)
+    if sets == 3:  # room for all: each is fetched once
+        assert slots.counts[:, 2].sum() == len(torch.cat([found.keys for _, found in begun]).unique()) - int(
+            sum((region.parts - 1) * count for region, count in zip(REGIONS, slots.counts[:, 2].tolist(), strict=True))
+        )

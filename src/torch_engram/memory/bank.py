@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from torch_engram.addressing import Addressing, CanonicalVocab, LayerLayout, Lookup
 from torch_engram.config import EngramConfig
-from torch_engram.forks import OneProcess
 from torch_engram.memory.cached_reads import CachedReads, counts_by_order
 from torch_engram.memory.file_tables import IN_PLACE, NEVER_WRITTEN, FileTables, Tables
 from torch_engram.memory.placement import PLACEMENTS, StoreFactory, make_sources, require_known, require_trainable
-from torch_engram.memory.prepared import PreparedLayer
+from torch_engram.memory.prefetching import Lookups, Prefetcher
 from torch_engram.memory.rows import TouchedRows
 from torch_engram.memory.source import Source
 from torch_engram.memory.tables import Table, tables_of
@@ -73,13 +72,7 @@ class MemoryBank:
         self._reads: type[TouchedRows] = CachedReads if cache is not None and optimizer is None else TouchedRows
         self.saved: tuple[Path, str, tuple[int, ...]] | None = None
         """Where the rows were last saved to or loaded from: folder, digest of its contents, since when stores count."""
-        self._process = OneProcess(f"Memory {name!r}")
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-prefetch")
-        self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-bring")
-        """Brings what a cache misses, while the prefetch thread begins with the next layer."""
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.aside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        """A GPU's stream for what is done in a step beside the network: newer writes laid over, gradients merged."""
+        self._prefetcher = Prefetcher(name, self.device, dtype, cached=self._reads is CachedReads)
 
     def _choose_stores(
         self, tables: Tables | None, placement: str | StoreFactory, codec: str | None, trains: bool
@@ -155,8 +148,12 @@ class MemoryBank:
         assert mixes is not None or not self.grouped, "a store that keeps n-grams together wants their mixes"
         rows = rows.to(self.device)
         mixes = rows[..., :0] if mixes is None else mixes.to(self.device)
-        lookups = self._worker.submit(self._hashed, layer, mixes, rows, self._now())
-        return self._fetches((layer,), lookups, [None], trains=False)[0]
+
+        def find() -> list[Lookup]:
+            _require_rows(rows, layer, self.addressing.layouts[layer].rows)
+            return [lambda layer: (mixes, rows)]
+
+        return self._fetch((layer,), self._prefetcher.find(find, (mixes, rows)), [None], trains=False)[0]
 
     @property
     def grouped(self) -> bool:
@@ -164,92 +161,29 @@ class MemoryBank:
         return any(source.store.grouped for source in self._sources)
 
     def _begin(self, batches: Sequence[Tokens], trains: bool) -> WorkingSet:
-        lookups = self._worker.submit(self._lookups, batches, self._now())
+        lookups = self._prefetcher.find(lambda: [self._lookup(batch) for batch in batches])
         if any(batch.history is not None for batch in batches):
-            wait([lookups])  # a history is told of its tokens before the caller goes on and, say, crops it
-            if self._stream is not None:
-                torch.cuda.current_stream(self.device).wait_stream(self._stream)
-        return self._fetches(self.config.layers, lookups, [batch.live for batch in batches], trains)
+            self._prefetcher.wait_for(lookups)  # it is told of its tokens before the caller goes on and, say, crops it
+        return self._fetch(self.config.layers, lookups, [batch.live for batch in batches], trains)
 
-    def _fetches(
-        self, layers: Sequence[int], lookups: Future[list[Lookup]], live: Sequence[Tensor | None], trains: bool
+    def _lookup(self, batch: Tokens) -> Lookup:
+        return self.addressing.lookup(
+            batch.ids.to(self.device),
+            history=batch.history,
+            doc_start=batch.doc_start,
+            live=batch.live,
+            with_mixes=self.grouped,
+        )
+
+    def _fetch(
+        self, layers: Sequence[int], lookups: Future[Lookups], live: Sequence[Tensor | None], trains: bool
     ) -> WorkingSet:
         """One entry of ``live`` a micro-batch."""
         rows: dict[int, list[TouchedRows]] = {layer: [] for layer in layers}
         for table, source in zip(self.tables, self._sources, strict=True):
             if table.layer in rows:
                 rows[table.layer].append(self._reads(table, source))
-        fetches: dict[int, Future[PreparedLayer]] = {layer: Future() for layer in rows}
-        for layer, tables in rows.items():
-            self._worker.submit(self._fetch, fetches[layer], layer, tables, lookups, live)
-        return WorkingSet(self, rows, fetches, len(live), trains)
-
-    def _now(self) -> torch.cuda.Event | None:
-        """What the prefetch stream has to wait for to see all that was done so far."""
-        self._process.require()
-        return None if self._stream is None else torch.cuda.current_stream(self.device).record_event()
-
-    def _hashed(self, layer: int, mixes: Tensor, rows: Tensor, before: torch.cuda.Event | None) -> list[Lookup]:
-        """Runs on the prefetch thread, as does :meth:`_lookups`."""
-        with self._side_stream():
-            if self._stream is not None and before is not None:
-                self._stream.wait_event(before)
-                mixes.record_stream(self._stream)
-                rows.record_stream(self._stream)
-            _require_rows(rows, layer, self.addressing.layouts[layer].rows)
-        return [lambda layer: (mixes, rows)]
-
-    def _lookups(self, batches: Sequence[Tokens], before: torch.cuda.Event | None) -> list[Lookup]:
-        """Runs on the prefetch thread, as does :meth:`_fetch`."""
-        with self._side_stream():
-            if self._stream is not None and before is not None:
-                self._stream.wait_event(before)
-            return [
-                self.addressing.lookup(
-                    batch.ids.to(self.device),
-                    history=batch.history,
-                    doc_start=batch.doc_start,
-                    live=batch.live,
-                    with_mixes=self.grouped,
-                )
-                for batch in batches
-            ]
-
-    def _fetch(
-        self,
-        prepared: Future[PreparedLayer],
-        layer: int,
-        tables: Sequence[TouchedRows],
-        lookups: Future[list[Lookup]],
-        live: Sequence[Tensor | None],
-    ) -> None:
-        """All that can be done before the step, on the prefetch thread; what a later write changes is done again. The
-        reads of caches only begin here. What has begun is not cancelled."""
-        if not prepared.set_running_or_notify_cancel():
-            return
-        try:
-            with self._side_stream():
-                found = [lookup(layer) for lookup in lookups.result()]
-                masks = [None if mask is None else mask.to(self.device) for mask in live]
-                for rows in tables:
-                    rows.fetch(found, masks)
-        except BaseException as error:
-            _give_up(prepared, tables, error)
-            return
-        if self._reads is CachedReads:
-            self._finisher.submit(self._prepare, prepared, tables)
-        else:
-            self._prepare(prepared, tables)
-
-    def _prepare(self, prepared: Future[PreparedLayer], tables: Sequence[TouchedRows]) -> None:
-        try:
-            with self._side_stream():
-                prepared.set_result(PreparedLayer(tables, self.dtype, self.aside))
-        except BaseException as error:
-            _give_up(prepared, tables, error)
-
-    def _side_stream(self) -> torch.cuda.StreamContext | nullcontext[None]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        return WorkingSet(self, rows, self._prefetcher.fetch(rows, lookups, live), len(live), trains)
 
     def cache_counts(self) -> dict[tuple[int, int], dict[str, int]]:
         """What the cache has counted since the beginning, by (layer, order): ``hits``; ``misses``, which were fetched;
@@ -260,8 +194,12 @@ class MemoryBank:
 
     def settle(self) -> None:
         """Return when the prefetch threads have nothing left to enqueue, so that they leave the device alone."""
-        for thread in (self._worker, self._finisher):
-            thread.submit(int).result()  # each does one thing after the other
+        self._prefetcher.settle()
+
+    @property
+    def aside(self) -> torch.cuda.Stream | None:
+        """A GPU's stream for what is done in a step beside the network."""
+        return self._prefetcher.aside
 
     # -- writing --------------------------------------------------------------------------------------------------
 
@@ -322,13 +260,6 @@ class MemoryBank:
         own = self.optimizer.planes(table.dim) if self.optimizer is not None else ()
         planes = (value,) if self.in_files else (value, count, *own)
         return RowFormat(RecordLayout(planes), self.seed, self.config.init_std)
-
-
-def _give_up(prepared: Future[PreparedLayer], tables: Sequence[TouchedRows], error: BaseException) -> None:
-    """Whoever waits for the layer gets the error, and nobody waits for its reads."""
-    for rows in tables:
-        rows.abandon()
-    prepared.set_exception(error)
 
 
 def _require_rows(rows: Tensor, layer: int, there: int) -> None:

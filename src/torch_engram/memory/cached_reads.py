@@ -1,4 +1,4 @@
-"""The reads of one table in a memory that is only read, through a cache by n-gram: no row is sorted out or held.
+"""The reads of a memory that is only read, through caches by n-gram: no row is sorted out or held.
 
 What addressing gives goes in, embeddings come out (:class:`~torch_engram.stores.ngram_cache.NgramCache`). And what
 caches have counted, as a bank names it.
@@ -13,6 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from torch_engram.addressing import Lookup
 from torch_engram.memory.rows import TouchedRows
 from torch_engram.memory.segments import unique_rows
 from torch_engram.memory.source import Source
@@ -39,41 +40,18 @@ def counts_by_order(tables: Sequence[Table], sources: Sequence[Source]) -> dict[
 
 
 class CachedReads(TouchedRows):
-    """As :class:`TouchedRows`, for a source whose store is an :class:`NgramCache`, and for reading only.
-
-    :meth:`fetch` begins a read, :meth:`expand_all` finishes it; one that is not to be finished is abandoned.
-    """
+    """As :class:`TouchedRows`, for a source whose store is an :class:`NgramCache`, and for reading only: what it needs
+    no rows for. :class:`CachedFetch` reads."""
 
     def __init__(self, table: Table, source: Source):
         super().__init__(table, source)
         assert isinstance(source.store, NgramCache), "reads of n-grams want a cache of n-grams"
-        self._cache = source.store
-        self._begun: Begun | None = None
-        self._orders = slice(table.orders[0], table.orders[-1] + 1)  # they follow each other, as the columns do
+        self.cache = source.store
+        self.orders = slice(table.orders[0], table.orders[-1] + 1)  # they follow each other, as the columns do
 
-    def fetch(self, lookups: Sequence[tuple[Tensor, Tensor]], live: Sequence[Tensor | None]) -> None:
-        """Begin to read every micro-batch's (mixes ``[B, T, N-1]``, rows ``[B, T, C]``) where they are live."""
-        self.shapes = [rows.shape[:2] for _, rows in lookups]
-        self._live = [None if mask is None else mask.flatten() for mask in live]
-        mixes = _joined([mix[..., self._orders] for mix, _ in lookups])
-        self._rows = _joined([rows[..., self.table.columns] for _, rows in lookups])
-        self._begun = self._cache.begin((self.table.space,), mixes[None], self._rows[None])
-
-    def expand_all(self, outs: Sequence[Tensor]) -> None:
-        """See :meth:`TouchedRows.expand_all`."""
-        begun, self._begun = self._begun, None
-        assert begun is not None, "fetch comes before expand_all"
-        positions = [out.view(1, -1, self.width) for out in outs]
-        self._cache.finish(begun, positions)
-        for out, live in zip(positions, self._live, strict=True):
-            if live is not None:
-                out.masked_fill_(~live[:, None], 0)
-
-    def abandon(self) -> None:
-        """See :meth:`TouchedRows.abandon`."""
-        begun, self._begun = self._begun, None
-        if begun is not None:
-            self._cache.abandon(begun)
+    def keep(self, rows: Tensor, live: Tensor | None) -> None:
+        """What is read, int64 ``[n, c]``, where it is live, bool ``[n]``."""
+        self._rows, self._live = rows, live
 
     @property
     def device(self) -> torch.device:
@@ -83,9 +61,8 @@ class CachedReads(TouchedRows):
     @property
     def distinct(self) -> int:
         """See :class:`TouchedRows`."""
-        parts = self._rows.split([batch * length for batch, length in self.shapes])
-        rows = [part if live is None else part[live] for part, live in zip(parts, self._live, strict=True)]
-        return len(unique_rows(torch.cat(rows).flatten())[0])
+        rows = self._rows if self._live is None else self._rows[self._live]
+        return len(unique_rows(rows.flatten())[0])
 
     def catch_up(self, expanded: Sequence[Tensor]) -> None:
         """Nothing: a memory that is only read has no writes."""
@@ -93,9 +70,73 @@ class CachedReads(TouchedRows):
 
     def used_on(self, stream: torch.cuda.Stream) -> None:
         """See :meth:`TouchedRows.used_on`."""
-        for tensor in (self._rows, *self._live):
+        for tensor in (self._rows, self._live):
             if tensor is not None:
                 tensor.record_stream(stream)
+
+
+class CachedFetch:
+    """What one prefetch reads of caches: all layers together, since their tables are alike.
+
+    ``tables``: of some layers, each layer's one after the other.
+    """
+
+    def __init__(self, tables: Sequence[CachedReads], dtype: torch.dtype):
+        self._dtype, self._layers = dtype, list(dict.fromkeys(reads.table.layer for reads in tables))
+        per_layer = len(tables) // len(self._layers)
+        self._groups = [tables[first::per_layer] for first in range(per_layer)]
+        """Tables of all layers that have the same columns."""
+        self._begun: list[Begun] = []
+
+    def begin(self, lookups: Sequence[Lookup], live: Sequence[Tensor | None]) -> None:
+        """Look for what every micro-batch reads where it is live."""
+        self._found = [[lookup(layer) for lookup in lookups] for layer in self._layers]  # until it has been read
+        self._shapes = [rows.shape[:2] for _, rows in self._found[0]]
+        mixes, rows = (torch.stack([_joined([of[i] for of in layer]) for layer in self._found]) for i in range(2))
+        self._live = None if all(mask is None for mask in live) else self._masks(live, rows.device)
+        try:
+            for tables in self._groups:
+                first = tables[0]
+                own = rows[..., first.table.columns]
+                for reads, of_layer in zip(tables, own, strict=True):
+                    reads.keep(of_layer, self._live)
+                spaces = [reads.table.space for reads in tables]
+                self._begun.append(first.cache.begin(spaces, mixes[..., first.orders], own))
+        except BaseException as error:
+            self._abandon(error)
+            raise
+
+    def finish(self) -> dict[int, list[Tensor]]:
+        """For every layer the embeddings ``[B, T, E]`` of every micro-batch. Raises what a store's ``fetch`` does."""
+        positions = [batch * length for batch, length in self._shapes]
+        widths = [tables[0].width for tables in self._groups]
+        shape = (len(self._layers), sum(positions), sum(widths))
+        whole = torch.empty(shape, dtype=self._dtype, device=self._groups[0][0].device)
+        try:
+            for tables, out in zip(self._groups, whole.split(widths, -1), strict=True):
+                tables[0].cache.finish(self._begun.pop(0), out)
+        except BaseException as error:
+            self._abandon(error)
+            raise
+        if self._live is not None:
+            whole.masked_fill_(~self._live[:, None], 0)
+        self._found = []
+        return {
+            layer: [part.view(*shape, -1) for part, shape in zip(own.split(positions), self._shapes, strict=True)]
+            for layer, own in zip(self._layers, whole, strict=True)
+        }
+
+    def _masks(self, live: Sequence[Tensor | None], device: torch.device) -> Tensor:
+        masks = zip(live, self._shapes, strict=True)
+        return torch.cat([
+            (torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask).flatten()
+            for mask, shape in masks
+        ])  # fmt: skip
+
+    def _abandon(self, error: BaseException) -> None:
+        """Caches whose reads have begun wait no longer."""
+        for tables, begun in zip(self._groups[-len(self._begun) :], self._begun, strict=False):
+            tables[0].cache.abandon(begun, error)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

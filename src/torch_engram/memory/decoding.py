@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_engram.kernels import use_kernels
 from torch_engram.memory.bank import MemoryBank
 from torch_engram.memory.tokens import Tokens
 from torch_engram.memory.working_set import Memory
@@ -44,7 +45,7 @@ class DecodeMemory(Memory):
         whole = torch.zeros(len(layers), sequences, bank.config.embedding_dim, dtype=bank.dtype, device=bank.device)
         self._embeddings = {layer: part[:, None] for layer, part in zip(layers, whole, strict=True)}
         self._history = bank.new_history()
-        self._replayed = ReplayedReads(bank, self.ids, whole) if _can_replay(bank) else None
+        self._replayed = ReplayedReads(bank, self.ids, whole) if _can_replay(bank, self.ids) else None
 
     def begin(self, history: Window) -> None:
         """Go on after what ``history``, which is left as it is, has seen of the B sequences; an empty one begins them.
@@ -97,6 +98,8 @@ class ReplayedReads:
         self._start = torch.zeros(shape, dtype=torch.bool, device=bank.device)
         self._dead = torch.ones_like(self._start)
         self._stranger = pinned((1,), torch.bool, bank.device).zero_()
+        self._strange = self._stranger.numpy()  # the same byte, looked at in every step
+        self._now = torch.cuda.Event()
         self._stream = torch.cuda.Stream(bank.device, priority=-1)  # its kernels are short, and a model waits for them
         self._arrived = torch.cuda.Event(external=True)
         self._arrived.record(self._stream)  # an event that was never recorded is not waited for
@@ -130,16 +133,16 @@ class ReplayedReads:
     def read(self, ids: Tensor, after: torch.cuda.Event | None) -> None:
         """See :meth:`DecodeMemory.read`."""
         if after is None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._bank.device))
-        else:
-            self._stream.wait_event(after)
+            after = self._now
+            after.record(torch.cuda.current_stream(self._bank.device))
+        self._stream.wait_event(after)
         with torch.cuda.stream(self._stream):
             if ids is not self._ids:
                 self._ids.copy_(ids)
             self._replay.run()
             self._arrived.record(self._stream)
-        if self._stranger[0]:
-            self._stranger.fill_(False)
+        if self._strange[0]:
+            self._strange[0] = False
             self._bank.addressing.require_known(ids)
 
     def wait(self) -> None:
@@ -149,7 +152,7 @@ class ReplayedReads:
 
 def push(ids: Tensor, tokens: Tensor, start: Tensor, dead: Tensor) -> None:
     """Move windows ``[B, N]`` of tokens, document starts and dead flags on by one, to end with ``ids`` ``[B, 1]``."""
-    if tokens.is_cuda:
+    if use_kernels(tokens):
         from torch_engram.memory.decode_kernels import push_triton
 
         push_triton(ids, tokens, start, dead)
@@ -164,9 +167,9 @@ def push_naive(ids: Tensor, tokens: Tensor, start: Tensor, dead: Tensor) -> None
         window[:, -1:] = last
 
 
-def _can_replay(bank: MemoryBank) -> bool:
+def _can_replay(bank: MemoryBank, ids: Tensor) -> bool:
     """Whether all that a step reads is in one store, whose records need nothing but to be decoded."""
-    if bank.device.type != "cuda" or [table.layer for table in bank.tables] != list(bank.config.layers):
+    if not use_kernels(ids) or [table.layer for table in bank.tables] != list(bank.config.layers):
         return False
     stores = {bank.source(table).store for table in bank.tables}
     planes = {plane.name for table in bank.tables for plane in bank.source(table).format.layout.planes}

@@ -18,18 +18,13 @@ from torch_engram.memory.rows import TouchedRows
 class PreparedLayer:
     """The rows of a layer's tables, and for every micro-batch the embeddings ``[B, T, E]`` that read them.
 
-    Made on the prefetch thread and its stream, from ``rows`` that were fetched; all else happens on the thread that
-    trains. ``dtype``: of the embeddings. ``aside``: the stream for patches and merges, None on a CPU.
+    Made on a thread that prefetches, and its stream; all else happens on the thread that trains. ``aside``: the stream
+    for patches and merges, None on a CPU.
     """
 
-    def __init__(self, rows: Sequence[TouchedRows], dtype: torch.dtype, aside: torch.cuda.Stream | None):
-        self.rows, self._aside = rows, aside
+    def __init__(self, rows: Sequence[TouchedRows], embeddings: list[Tensor], aside: torch.cuda.Stream | None):
+        self.rows, self.embeddings, self._aside = rows, embeddings, aside
         self._widths = [touched.width for touched in rows]
-        self.embeddings = [
-            torch.empty((*shape, sum(self._widths)), dtype=dtype, device=rows[0].device) for shape in rows[0].shapes
-        ]
-        for touched, outs in zip(rows, self._of_tables(), strict=True):
-            touched.expand_all(outs)
         self._done = None if aside is None else torch.cuda.current_stream(aside.device).record_event()
         self._users: set[torch.cuda.Stream] = set()
         self._is_current = False
@@ -38,11 +33,6 @@ class PreparedLayer:
     def _parts(self, whole: Tensor) -> list[tuple[TouchedRows, Tensor]]:
         """Every table's columns of ``[B, T, E]``."""
         return list(zip(self.rows, whole.split(self._widths, dim=-1), strict=True))
-
-    def _of_tables(self) -> list[list[Tensor]]:
-        """For every table its columns of every micro-batch."""
-        parts = [self._parts(embeddings) for embeddings in self.embeddings]
-        return [[micro[number][1] for micro in parts] for number in range(len(self.rows))]
 
     def ready(self) -> None:
         """Lay over what was written since the fetch, the first time, and let the current stream wait for it."""
@@ -58,8 +48,9 @@ class PreparedLayer:
         stale = any(touched.is_stale for touched in self.rows)
         if stale:
             self.use()
-        for touched, outs in zip(self.rows, self._of_tables(), strict=True):
-            touched.catch_up(outs)
+        parts = [[part for _, part in self._parts(embeddings)] for embeddings in self.embeddings]
+        for number, touched in enumerate(self.rows):
+            touched.catch_up([of_tables[number] for of_tables in parts])
         return stale
 
     def use(self) -> None:
@@ -100,3 +91,13 @@ class PreparedLayer:
     def release(self) -> None:
         """Let go of the embeddings."""
         self.embeddings = []
+
+
+def expanded(rows: Sequence[TouchedRows], dtype: torch.dtype) -> list[Tensor]:
+    """The embeddings ``[B, T, E]`` of every micro-batch, of fetched rows of all tables of a layer."""
+    widths = [touched.width for touched in rows]
+    embeddings = [torch.empty((*shape, sum(widths)), dtype=dtype, device=rows[0].device) for shape in rows[0].shapes]
+    for micro, whole in enumerate(embeddings):
+        for touched, part in zip(rows, whole.split(widths, dim=-1), strict=True):
+            touched.expand(micro, part)
+    return embeddings

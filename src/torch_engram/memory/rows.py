@@ -72,14 +72,6 @@ class TouchedRows:
         live = [part if kept is None else part[kept] for part, kept in zip(flat, self.kept, strict=True)]
         return [part.reshape(-1) for part in live]
 
-    def expand_all(self, outs: Sequence[Tensor]) -> None:
-        """:meth:`expand` every micro-batch, each in its ``[B, T, c·dim]`` of ``outs``."""
-        for micro, out in enumerate(outs):
-            self.expand(micro, out)
-
-    def abandon(self) -> None:
-        """A fetch that will not be expanded keeps nobody waiting."""
-
     def expand(self, micro: int, out: Tensor) -> None:
         """Write the rows of micro-batch ``micro`` to their positions in ``out`` ``[B, T, c·dim]``, and zero to dead
         positions."""

@@ -50,6 +50,7 @@ class HostReads:
         self.staged_from, self.share = 0, 0
         """The least number of rows that are staged, fewer are read by the GPU itself; and of more its share, of 256."""
         if self.words is not None:
+            self._seconds(_SIZES[0])  # compiles the kernels
             self.staged_from = self._break_even()
             self.share = self._best_share()
 

@@ -2,8 +2,8 @@
 
 All rows of an n-gram's order are read together, so one look finds the records of all its heads, and nothing is sorted:
 what addressing gives goes in, embeddings come out. A read has two halves, so that the host can bring one read's missing
-rows while the device looks for the next one's: what :meth:`NgramCache.begin` enqueues waits for nothing, and
-:meth:`NgramCache.finish` waits for what is missing. While all n-grams are found, both are four launches.
+rows while the device looks for the next one's: :meth:`NgramCache.begin` only enqueues, and :meth:`NgramCache.finish`
+waits for what is missing. A read may count on rows that the one before has not got yet, so they finish in line.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch_engram.sizes import parse_size
 from torch_engram.stores.asks import Ask, new_ask
 from torch_engram.stores.cached import Front, WritableFront, counted
 from torch_engram.stores.embedding import Columns, embed
+from torch_engram.stores.line import Line
 from torch_engram.stores.protocol import Store, WritableStore
 from torch_engram.stores.records import SPACE_SHIFT, RowFormat
 from torch_engram.stores.slots import Found, Reads, Region, Slots
-from torch_engram.stores.turns import Turns
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Heads:
 class Begun:
     """A read whose rows are being looked for."""
 
-    spaces: tuple[int, ...]
+    number: int
+    """In the cache's line."""
     found: Found
     columns: Columns
     ask: Ask
@@ -59,7 +60,7 @@ class NgramCache(Front):
     """``store`` behind a cache of ``budget`` bytes, a number or such as ``"8GB"``, on ``device``.
 
     ``heads``: of every space that is read. ``row_format``: of the store's records. Every order of every space has an
-    equal share. :meth:`read` goes through the cache, :meth:`fetch` passes it by. Room for what the largest read so far
+    equal share. :meth:`read` goes through the cache, :meth:`fetch` passes it by. Room for what the largest reads so far
     could miss is kept beside the budget. Raises ``ValueError`` for a budget that is none or too small.
     """
 
@@ -80,8 +81,10 @@ class NgramCache(Front):
         regions = [region for each in heads for region in each.regions()]
         self.slots = Slots(regions, self.layout.nbytes, parse_size(budget), self.device)
         self._plans: dict[tuple[int, ...], tuple[Tensor, Columns]] = {}
-        self._asks: dict[tuple[int, ...], Ask] = {}
-        self._turns = {each.space: Turns(self.device) for each in heads}
+        self._asks: list[Ask] = []  # that no read has now
+        self.line = Line(self.device)
+        self._spoiled: tuple[int, BaseException | None] = (0, None)
+        """Reads of lower numbers may have counted on rows that did not come, and why they did not."""
 
     def counts(self) -> dict[tuple[int, int], dict[str, int]]:
         """What was counted since the beginning, by (space, order), in n-grams: ``hits``, ``misses``, and those that
@@ -99,80 +102,70 @@ class NgramCache(Front):
         order's heads, which are a function of space, order and mix. The spaces have the same heads. ``out`` has any
         floating type and any distance between positions.
         """
-        self.finish(self.begin(spaces, mixes, rows), [out])
-        return out
+        return self.finish(self.begin(spaces, mixes, rows), out)
 
     def begin(self, spaces: Sequence[int], mixes: Tensor, rows: Tensor) -> Begun:
-        """Look for what :meth:`read` reads, and wait for nothing but earlier reads of these spaces that are not
-        finished. What has begun has to be finished, or abandoned, on any thread."""
-        names = tuple(spaces)
-        self.enter(names)
-        try:
+        """Look for what :meth:`read` reads. What has begun has to be finished, or abandoned, on any thread: a further
+        read waits here while too many are under way."""
+        with self.line.join() as number:
             self.slots.tick()
-            found, columns = self.find(names, mixes, rows)
-            ask = self._ask(names, len(found.keys))
+            found, columns = self.find(tuple(spaces), mixes, rows)
+            ask = self._free_ask(len(found.keys))
             ask.send(found.keys, found.count)
             ask.sent()
             ask.read_beside()
-            return Begun(names, found, columns, ask)
-        except BaseException:
-            self.leave(names)
-            raise
+            return Begun(number, found, columns, ask)
 
     def find(self, spaces: tuple[int, ...], mixes: Tensor, rows: Tensor) -> tuple[Found, Columns]:
-        """The part of :meth:`begin` that only enqueues; may be captured in a graph. Every run of it belongs to a turn,
-        and to a tick of the slots."""
+        """The part of :meth:`begin` that looks; may be captured in a graph. Every run of it stands in line, after a
+        tick of the slots."""
         regions, columns = self._plan(spaces)
         tags, rows = mixes.reshape(-1), rows.reshape(-1, rows.shape[-1])
         return self.slots.find(Reads(tags, rows, regions, columns.groups, max(1, mixes.shape[1]))), columns
 
-    def finish(self, begun: Begun, outs: Sequence[Tensor]) -> None:
-        """Bring what is missing, and fill every one of ``outs`` ``[S, n_i, C·dim]``, which together are the positions
-        that were begun, in their order. Of several, ``S`` is 1."""
-        fetched = self._brought(begun)
-        try:
-            self.slots.fill(begun.found, fetched)
-            groups, first = begun.columns.groups, 0
-            for out in outs:
-                many = out.shape[0] * out.shape[1] * groups
-                where = begun.found.where[first : first + many]
-                embed(self.layout, self.slots.records, fetched, where, begun.columns, out)
-                first += many
-        finally:
-            self.leave(begun.spaces)
+    def finish(self, begun: Begun, out: Tensor) -> Tensor:
+        """Bring what is missing, and fill ``out`` ``[S, n, C·dim]`` with what was begun; returns ``out``.
 
-    def _brought(self, begun: Begun) -> Tensor:
+        Raises what the store's ``fetch`` does, also where it did so for a read before this one.
+        """
         try:
             fetched = begun.ask.bring()
-            return self.format.with_initial(begun.found.keys[: len(fetched)], fetched)
-        except BaseException:
-            self.abandon(begun)
+            fetched = self.format.with_initial(begun.found.keys[: len(fetched)], fetched)
+        except BaseException as error:
+            self.abandon(begun, error)
             raise
+        with self.line.head(begun.number):
+            self.require_unspoiled(begun.number, begun.found)
+            self.slots.fill(begun.found, fetched)
+            embed(self.layout, self.slots.records, fetched, begun.found.where, begun.columns, out)
+            self._asks.append(begun.ask)
+        return out
 
-    def abandon(self, begun: Begun) -> None:
-        """Give up a read that has begun."""
-        self.slots.release(begun.found)
-        self.leave(begun.spaces)
+    def abandon(self, begun: Begun, error: BaseException) -> None:
+        """Give up a read that has begun, for ``error``; those that have begun since fail for it, too."""
+        with self.line.head(begun.number):
+            self.spoil(begun.found, error)
+
+    def spoil(self, found: Found, error: BaseException) -> None:
+        """At the head of the line: the rows of ``found`` do not come."""
+        self.slots.release(found)
+        self._spoiled = self.line.issued, error
+
+    def require_unspoiled(self, number: int, found: Found) -> None:
+        """At the head of the line: raises what a read failed with that read ``number`` may have counted on."""
+        before, error = self._spoiled
+        if number < before and error is not None:
+            self.slots.release(found)
+            raise error
 
     def new_ask(self, capacity: int) -> Ask:
         """How missing rows are asked of the store, up to ``capacity`` at a time."""
         return new_ask(self.store, capacity, self.device)
 
-    def enter(self, spaces: Sequence[int]) -> None:
-        """Begin a turn at some spaces: until it is left, nobody else looks for their rows or brings them."""
-        for space in sorted(spaces):
-            self._turns[space].enter()
-
-    def leave(self, spaces: Sequence[int]) -> None:
-        """End a turn, on the stream that enqueued the last of it."""
-        for space in spaces:
-            self._turns[space].leave()
-
-    def _ask(self, spaces: tuple[int, ...], capacity: int) -> Ask:
-        """One at a time is enough for spaces whose reads take turns."""
-        if spaces not in self._asks or self._asks[spaces].capacity < capacity:
-            self._asks[spaces] = self.new_ask(capacity)
-        return self._asks[spaces]
+    def _free_ask(self, capacity: int) -> Ask:
+        """One that is large enough; smaller ones are let go."""
+        self._asks = [ask for ask in self._asks if ask.capacity >= capacity]
+        return self._asks.pop() if self._asks else self.new_ask(capacity)
 
     def _plan(self, spaces: tuple[int, ...]) -> tuple[Tensor, Columns]:
         """Constants of a read of some spaces, on the device."""
@@ -188,13 +181,10 @@ class WritableNgramCache(WritableFront, NgramCache):
 
     def write(self, keys: Tensor, records: Tensor) -> int:
         """See :class:`~torch_engram.stores.protocol.WritableStore`. Returns when the write is acknowledged."""
-        self.enter(tuple(self._turns))
-        try:
+        with self.line.alone():
             epoch = self.store.write(keys, records)
             self.store.flush()
             self.slots.clear()
-        finally:
-            self.leave(tuple(self._turns))
         return epoch
 
 

@@ -61,26 +61,28 @@ class CachedReplay:
 
     def run(self) -> None:
         """Read anew, on the current stream. Raises what the store's ``fetch`` does."""
-        self._cache.enter(self._spaces)
-        try:
-            self._cache.slots.tick()
+        cache = self._cache
+        if self._ask.alone:
+            with cache.line.alone():
+                cache.slots.tick()
+                self._graphs[0].replay()
+            return
+        with cache.line.join() as number:
+            cache.slots.tick()
             self._graphs[0].replay()
-            if not self._ask.alone:
-                self._bring()
-                self._graphs[2].replay()
-        finally:
-            self._cache.leave(self._spaces)
-
-    def _bring(self) -> None:
-        self._ask.sent()
-        self._graphs[1].replay()
+            self._ask.sent()
+            self._graphs[1].replay()
         try:
             records = self._ask.bring()
             if self._ask.records is None:
                 self._fetched[: len(records)].copy_(records)
-        except BaseException:
-            self._cache.slots.release(self._found)
+        except BaseException as error:
+            with cache.line.head(number):
+                cache.spoil(self._found, error)
             raise
+        with cache.line.head(number):
+            cache.require_unspoiled(number, self._found)
+            self._graphs[2].replay()
 
 
 class LoadedReplay:

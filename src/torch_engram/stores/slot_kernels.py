@@ -23,8 +23,8 @@ from torch_engram.stores.records import SPACE_SHIFT
 if TYPE_CHECKING:
     from torch_engram.stores.slots import Found, Reads, Slots
 
-_READS = 128
-"""Reads that one program looks for: one a thread where they claim."""
+_READS = 32
+"""Reads that one program looks for: a warp's, whose threads need not wait for others."""
 _WORDS = 1024
 """Words that one program moves together."""
 _ROWS = 32
@@ -58,7 +58,8 @@ def find_triton(table: Slots, reads: Reads) -> Found:
     by_space = reads.by_space is not None
     asked = (reads.tags, reads.regions, reads.by_space if by_space else reads.tags)
     shape = (count, reads.positions, reads.groups)
-    kinds = dict(REGIONS=len(reads.regions), BY_SPACE=by_space, READS=_READS)
+    regions = triton.next_power_of_2(len(reads.regions))
+    kinds = dict(REGIONS=len(reads.regions), TILE=regions, BY_SPACE=by_space, READS=_READS, num_warps=1)
     _probe[grid](*asked, table.tags, table.stamps, where, total, table.counts, table.clock, *shape, **kinds)
     _claim[grid](
         *asked, reads.rows, table.tags, table.stamps, where, keys, targets, owners, total, table.counts, table.clock,
@@ -128,7 +129,7 @@ def _ask(asked, regions, by_space, count, positions, groups, BY_SPACE: tl.conste
 @triton.jit(do_not_specialize=_VARYING)
 def _probe(
     asked, regions, by_space, tags, stamps, where, missing, counts, clock, count, positions, groups,
-    REGIONS: tl.constexpr, BY_SPACE: tl.constexpr, READS: tl.constexpr,
+    REGIONS: tl.constexpr, TILE: tl.constexpr, BY_SPACE: tl.constexpr, READS: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) == 0:
         tl.store(missing, 0)
@@ -143,17 +144,15 @@ def _probe(
     tl.store(stamps + slot, tl.full([READS], 1, tl.int32) * tl.load(clock), mask=hit)
     record = _record(slot, region)
     tl.store(where + read, tl.where(hit, record, -1), mask=here)
-    for number in range(REGIONS):
-        hits = tl.sum((hit & (which == number)).to(tl.int64), axis=0)
-        if hits > 0:
-            tl.atomic_add(counts + tl.load(regions + number * _COLUMNS + 6) * _COUNTS, hits)
+    line, hits = _tally(counts, regions, which, hit.to(tl.int64), REGIONS, TILE)
+    tl.atomic_add(line, hits, mask=hits > 0)
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def _claim(
     asked, regions, by_space, rows, tags, stamps, where, keys, targets, owners, missing, counts, clock,
     count, positions, groups, columns,
-    PARTS: tl.constexpr, REGIONS: tl.constexpr, BY_SPACE: tl.constexpr, READS: tl.constexpr,
+    PARTS: tl.constexpr, REGIONS: tl.constexpr, TILE: tl.constexpr, BY_SPACE: tl.constexpr, READS: tl.constexpr,
 ):  # fmt: skip
     read, here, tag, which = _ask(asked, regions, by_space, count, positions, groups, BY_SPACE, READS)
     missed = here & (tl.load(where + read, mask=here, other=0) < 0)
@@ -177,12 +176,18 @@ def _claim(
         # up to READS of each fit in 16 bits: repeats, misses, evictions, overflow
         one = tl.where(won | spilled, 1 << 16, 1).to(tl.int64)
         one += (evicts.to(tl.int64) << 32) + (spilled.to(tl.int64) << 48)
-        for number in range(REGIONS):
-            packed = tl.sum(tl.where(missed & (which == number), one, 0), axis=0)
-            if packed > 0:
-                line = counts + tl.load(regions + number * _COLUMNS + 6) * _COUNTS
-                for which_count in range(4):
-                    tl.atomic_add(line + 1 + which_count, (packed >> (16 * which_count)) & 0xFFFF)
+        line, packed = _tally(counts, regions, which, tl.where(missed, one, 0), REGIONS, TILE)
+        for number in tl.static_range(4):
+            many = (packed >> (16 * number)) & 0xFFFF
+            tl.atomic_add(line + 1 + number, many, mask=many > 0)
+
+
+@triton.jit
+def _tally(counts, regions, which, one, REGIONS: tl.constexpr, TILE: tl.constexpr):
+    """For every region where it counts, and the sum of ``one`` over the reads that are of it."""
+    number = tl.arange(0, TILE)
+    line = counts + tl.load(regions + number * _COLUMNS + 6, mask=number < REGIONS, other=0) * _COUNTS
+    return line, tl.sum(tl.where(which[:, None] == number[None], one[:, None], 0), axis=0)
 
 
 @triton.jit

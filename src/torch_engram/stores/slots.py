@@ -7,8 +7,9 @@ was stamped longest ago: reads of one tag claim one place, so nothing has to be 
 whole set the read goes without a place, and its records are used from where they were fetched to.
 
 A batch goes :meth:`Slots.find`, then :meth:`Slots.fill` with the records of what was missing. A claimed tag has its
-sign bit set until it is filled, so that nothing finds it before; batches that overlap must not want the same regions.
-The Triton twins are in :mod:`torch_engram.stores.slot_kernels`.
+sign bit set until it is filled, so that nothing evicts it before. A batch that begins in between takes it for one that
+is there, and so has to be served after the first batch is filled. The Triton twins are in
+:mod:`torch_engram.stores.slot_kernels`.
 """
 
 from __future__ import annotations
@@ -212,11 +213,15 @@ def find_naive(slots: Slots, reads: Reads) -> Found:
     """See :meth:`Slots.find`."""
     tags, regions = reads.tags, reads.regions[reads.which()]
     first = _sets_of(tags, regions)
-    hits = (slots.tags[_ways_of(first)] == tags[:, None]) & (tags >= 0)[:, None]
-    hit, slot = hits.any(1), first + hits.int().argmax(1)
+    there = slots.tags[_ways_of(first)]
+    admits = ((tags >= 0) & (tags <= LAST_TAG))[:, None]
+    hits, awaited = ((there == wanted[:, None]) & admits for wanted in (tags, tags | CLAIMED))
+    hit, slot = hits.any(1), first + (hits | awaited).int().argmax(1)
     slots.stamps[slot[hit]] = slots.clock
     _count(slots, "hits", regions[hit])
-    missed = (~hit).nonzero().squeeze(1)
+    placed = hit | awaited.any(1)  # an earlier batch has claimed it and is filled before this one is served
+    _count(slots, "repeats", regions[placed & ~hit])
+    missed = (~placed).nonzero().squeeze(1)
     distinct, inverse = torch.stack((first[missed], tags[missed]), 1).unique(dim=0, return_inverse=True)
     wanted = torch.empty(len(distinct), dtype=torch.int64, device=tags.device)
     wanted[inverse] = missed  # one of the reads that want it
@@ -228,7 +233,7 @@ def find_naive(slots: Slots, reads: Reads) -> Found:
     _count(slots, "evictions", regions[wanted[claimed]][slots.tags[taken[claimed]] != EMPTY])
     slots.tags[taken[claimed]] = distinct[claimed, 1] | CLAIMED
     where, missing = torch.empty_like(tags), _missing(reads, regions[wanted], wanted, taken, claimed)
-    where[hit] = _record(regions[hit], slot[hit])
+    where[placed] = _record(regions[placed], slot[placed])
     parts = regions[wanted, 3]
     begins = parts.cumsum(0) - parts
     where[missed] = torch.where(claimed, _record(regions[wanted], taken), -2 - begins)[inverse]

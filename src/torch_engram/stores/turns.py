@@ -10,34 +10,20 @@ import torch
 
 
 class Turns:
-    """Turns at what lies on ``device``: a thread waits for the one before, and its stream for what that enqueued.
-
-    A turn may be entered by one thread and left by another.
-    """
+    """Turns at what lies on ``device``: a thread waits for the one before, and its stream for what that enqueued."""
 
     def __init__(self, device: torch.device):
         self._device, self._lock = device, threading.Lock()
-        self._last: torch.cuda.Stream | None = None
-
-    def enter(self) -> None:
-        """From here on nobody else has a turn; what the current stream is given comes after the last turn's."""
-        self._lock.acquire()
-        if self._last is not None:
-            stream = torch.cuda.current_stream(self._device)
-            if stream != self._last:
-                stream.wait_stream(self._last)
-
-    def leave(self) -> None:
-        """The turn is over, on the stream that is current now."""
-        if self._device.type == "cuda":
-            self._last = torch.cuda.current_stream(self._device)
-        self._lock.release()
+        self._last: torch.cuda.Event | None = None
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """A turn for as long as the block takes."""
-        self.enter()
-        try:
-            yield
-        finally:
-            self.leave()
+        """Within the block, nobody else has a turn; what the current stream is given comes after the last turn's."""
+        with self._lock:
+            if self._last is not None:
+                torch.cuda.current_stream(self._device).wait_event(self._last)
+            try:
+                yield
+            finally:
+                if self._device.type == "cuda":
+                    self._last = torch.cuda.current_stream(self._device).record_event()

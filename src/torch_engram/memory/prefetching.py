@@ -1,0 +1,160 @@
+"""What a bank does beside the thread that calls it: finding rows, fetching them, and making embeddings of them.
+
+One thread finds and fetches, and does one thing after the other. What a cache misses is brought by a second one, so
+that the next rows are looked for meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_engram.addressing import Lookup
+from torch_engram.forks import OneProcess
+from torch_engram.memory.cached_reads import CachedFetch, CachedReads
+from torch_engram.memory.prepared import PreparedLayer, expanded
+from torch_engram.memory.rows import TouchedRows
+
+Rows = Mapping[int, Sequence[TouchedRows]]
+"""Of every layer that is fetched its tables' rows."""
+Prepared = Mapping[int, Future[PreparedLayer]]
+
+
+@dataclass(frozen=True)
+class Lookups:
+    """What was found of every micro-batch, and when it is there."""
+
+    batches: list[Lookup]
+    done: torch.cuda.Event | None
+
+
+class Prefetcher:
+    """The threads and streams of the memory ``name``, whose embeddings are of ``dtype`` on ``device``.
+
+    ``cached``: rows come through caches by n-gram. On a GPU they are then found on another stream than they are brought
+    on: finding waits for the device, which is busy with bringing.
+    """
+
+    def __init__(self, name: str, device: torch.device, dtype: torch.dtype, cached: bool):
+        self._device, self._dtype = device, dtype
+        self._process = OneProcess(f"Memory {name!r}")
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-prefetch")
+        self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-bring")
+        self._stream, self.aside, finding = (
+            torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(3)
+        )
+        """``aside`` is for what is done in a step beside the network: newer writes laid over, gradients merged."""
+        self._finding = finding if cached else self._stream
+
+    def find(self, find: Callable[[], list[Lookup]], given: Iterable[Tensor] = ()) -> Future[Lookups]:
+        """Have ``find`` called with what the current stream was given so far; it reads tensors that are ``given``."""
+        self._process.require()
+        now = None if self._finding is None else torch.cuda.current_stream(self._device).record_event()
+        return self._worker.submit(self._find, find, given, now)
+
+    def _find(self, find: Callable[[], list[Lookup]], given: Iterable[Tensor], now: torch.cuda.Event | None) -> Lookups:
+        if self._finding is None or now is None:
+            return Lookups(find(), None)
+        with torch.cuda.stream(self._finding):
+            self._finding.wait_event(now)
+            for tensor in given:
+                tensor.record_stream(self._finding)
+            return Lookups(find(), self._finding.record_event())
+
+    def wait_for(self, lookups: Future[Lookups]) -> None:
+        """Return when rows are found, and let the current stream wait for what was enqueued to find them."""
+        wait([lookups])
+        if self._finding is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._finding)
+
+    def fetch(self, rows: Rows, lookups: Future[Lookups], live: Sequence[Tensor | None]) -> Prepared:
+        """Have ``rows`` fetched and expanded for micro-batches with these masks, each layer when it is ready.
+
+        What has begun is not cancelled any more.
+        """
+        prepared: dict[int, Future[PreparedLayer]] = {layer: Future() for layer in rows}
+        cached = [touched for tables in rows.values() for touched in tables if isinstance(touched, CachedReads)]
+        if cached:
+            self._worker.submit(self._begin, CachedFetch(cached, self._dtype), prepared, rows, lookups, live)
+            return prepared
+        for layer in rows:
+            self._worker.submit(self._prepare, prepared[layer], layer, rows[layer], lookups, live)
+        return prepared
+
+    def _prepare(
+        self,
+        prepared: Future[PreparedLayer],
+        layer: int,
+        tables: Sequence[TouchedRows],
+        lookups: Future[Lookups],
+        live: Sequence[Tensor | None],
+    ) -> None:
+        """All that can be done before the step; what a later write changes is done again."""
+        if not prepared.set_running_or_notify_cancel():
+            return
+        try:
+            with self._side_stream(lookups):
+                found = [lookup(layer) for lookup in lookups.result().batches]
+                masks = self._masks(live)
+                for touched in tables:
+                    touched.fetch(found, masks)
+                prepared.set_result(PreparedLayer(tables, expanded(tables, self._dtype), self.aside))
+        except BaseException as error:
+            prepared.set_exception(error)
+
+    def _begin(
+        self,
+        fetch: CachedFetch,
+        prepared: Prepared,
+        rows: Rows,
+        lookups: Future[Lookups],
+        live: Sequence[Tensor | None],
+    ) -> None:
+        """All layers at once, as far as that goes without waiting for rows."""
+        wanted = {layer: future for layer, future in prepared.items() if future.set_running_or_notify_cancel()}
+        if not wanted:
+            return
+        try:
+            with self._side_stream(lookups):
+                fetch.begin(lookups.result().batches, self._masks(live))
+        except BaseException as error:
+            _fail(wanted, error)
+        else:
+            self._finisher.submit(self._finish, fetch, wanted, rows)
+
+    def _finish(self, fetch: CachedFetch, prepared: Prepared, rows: Rows) -> None:
+        try:
+            with self._side_stream():
+                embeddings = fetch.finish()
+                for layer, future in prepared.items():
+                    future.set_result(PreparedLayer(rows[layer], embeddings[layer], self.aside))
+        except BaseException as error:
+            _fail(prepared, error)
+
+    def _masks(self, live: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [None if mask is None else mask.to(self._device) for mask in live]
+
+    def _side_stream(self, lookups: Future[Lookups] | None = None) -> torch.cuda.StreamContext | nullcontext[None]:
+        """The stream that fetches, after ``lookups``."""
+        if self._stream is None:
+            return nullcontext()
+        done = None if lookups is None else lookups.result().done
+        if done is not None:
+            self._stream.wait_event(done)
+        return torch.cuda.stream(self._stream)
+
+    def settle(self) -> None:
+        """Return when there is nothing left to enqueue, so that the device is left alone."""
+        for thread in (self._worker, self._finisher):
+            thread.submit(int).result()  # each does one thing after the other
+
+
+def _fail(prepared: Prepared, error: BaseException) -> None:
+    for future in prepared.values():
+        if not future.done():
+            future.set_exception(error)

@@ -1,0 +1,102 @@
+"""Reads of one cache in line: they begin in an order and finish in the same one, a few of them under way at once.
+
+A read that begins finds places that an earlier one has claimed and not filled yet. It may count on them only because
+that one is finished first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+UNDER_WAY = 2
+"""Reads that have begun and are not finished, at most: one looks for its rows while the other's are brought."""
+
+
+class Line:
+    """The line of one cache on ``device``. What is enqueued within its blocks runs there in the order of the blocks,
+    whatever the streams. A read begins on one thread and may be finished by another."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._room = threading.Semaphore(UNDER_WAY)
+        self._moves, self._enqueues = threading.Condition(), threading.Lock()
+        self.issued = 0
+        """Numbers given so far; the first read has 0."""
+        self._begun = self._finished = 0
+        self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
+
+    @contextmanager
+    def join(self) -> Iterator[int]:
+        """For what a read begins with; gives its number. Waits until there is room. A read that fails here has left."""
+        number = self._take_number()
+        self._wait(lambda: self._begun == number)
+        try:
+            with self._enqueuing():
+                yield number
+        except BaseException:
+            self._move(begun=1)
+            self.leave(number)
+            raise
+        self._move(begun=1)
+
+    @contextmanager
+    def head(self, number: int) -> Iterator[None]:
+        """For what read ``number`` ends with, when all before it are finished; it leaves with the block."""
+        self._wait(lambda: self._finished == number)
+        try:
+            with self._enqueuing():
+                yield
+        finally:
+            self._move(finished=1)
+            self._room.release()
+
+    def leave(self, number: int) -> None:
+        """Read ``number`` ends with nothing."""
+        with self.head(number):
+            pass
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """For a whole read, when all before it are finished."""
+        number = self._take_number()
+        self._wait(lambda: self._finished == number)
+        try:
+            with self._enqueuing():
+                yield
+        finally:
+            self._move(begun=1, finished=1)
+            self._room.release()
+
+    def _take_number(self) -> int:
+        self._room.acquire()
+        with self._moves:
+            self.issued += 1
+            return self.issued - 1
+
+    def _wait(self, come: Callable[[], bool]) -> None:
+        with self._moves:
+            self._moves.wait_for(come)
+
+    def _move(self, begun: int = 0, finished: int = 0) -> None:
+        with self._moves:
+            self._begun += begun
+            self._finished += finished
+            self._moves.notify_all()
+
+    @contextmanager
+    def _enqueuing(self) -> Iterator[None]:
+        with self._enqueues:
+            if self._device.type != "cuda":
+                yield
+                return
+            stream = torch.cuda.current_stream(self._device)
+            if self._last is not None and self._last[0] != stream:
+                stream.wait_event(self._last[1])
+            try:
+                yield
+            finally:
+                self._last = stream, stream.record_event()
