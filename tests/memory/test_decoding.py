@@ -14,8 +14,7 @@ from torch import Tensor
 from torch_engram.memory import DecodeMemory, MemoryBank, Tokens
 from torch_engram.memory.decode_kernels import push_triton
 from torch_engram.memory.decoding import push_naive
-from torch_engram.stores import NgramCache
-from torch_engram.stores.host_reads import HostReads
+from torch_engram.stores import NgramCache, host_reads
 from torch_engram.stores.synthetic import synthesise
 
 KERNELS = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,12 +86,11 @@ def test_a_token_at_a_time_reads_what_whole_sequences_read(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("staged_from, share", [(0, 0), (0, 96), (10**9, 0)])
+@pytest.mark.parametrize("first, share", [(0, 0), (0, 96), (10**9, 0)])
 def test_the_host_and_the_gpu_bring_the_same(
-    make_bank: Make, tables: dict[int, tuple[Path, str]], monkeypatch: pytest.MonkeyPatch, staged_from: int, share: int
+    make_bank: Make, tables: dict[int, tuple[Path, str]], monkeypatch: pytest.MonkeyPatch, first: int, share: int
 ) -> None:
-    monkeypatch.setattr(HostReads, "_break_even", lambda reads: staged_from)
-    monkeypatch.setattr(HostReads, "_best_share", lambda reads: share)
+    monkeypatch.setattr(host_reads, "divide", lambda *_: (first, share))
     bank = make_bank(FILES, tables=tables, device="cuda", placement="host", cache=30_000)
     memory = DecodeMemory(bank, SEQUENCES)
     before = bank.cache_counts()

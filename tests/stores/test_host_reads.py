@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch_engram.stores import HostStore, Plane, RecordLayout, Store, host_asks, host_reads, make_keys, staging
 from torch_engram.stores.asks import PlainAsk, new_ask
 from torch_engram.stores.host_asks import SHARES, HostAsk
-from torch_engram.stores.host_reads import HostReads, break_even
+from torch_engram.stores.host_reads import HostReads, divide
 from torch_engram.stores.staging import Staging
 from torch_engram.stores.table import RecordTable
 
@@ -49,14 +48,18 @@ def test_staging_moves_pieces_in_order(monkeypatch: pytest.MonkeyPatch, most: in
         assert torch.equal(out.cpu(), table.records[index])
 
 
-@pytest.mark.parametrize("direct, staged, expected", [
-    ([1, 2, 9], [3, 4, 5], 30), ([1, 5, 9], [3, 4, 5], 20), ([4, 5, 9], [3, 4, 5], 10), ([9, 1, 9], [3, 4, 5], 30),
-    ([1, 2, 3], [3, 4, 5], sys.maxsize),
-])  # fmt: skip
-def test_staging_begins_where_it_is_quicker_from_there_on(
-    direct: list[float], staged: list[float], expected: int
-) -> None:
-    assert break_even([10, 20, 30], direct, staged) == expected
+@reuse
+@given(*[st.floats(0, 1e-3) for _ in range(2)], *[st.floats(1e-9, 1e-7) for _ in range(2)], st.integers(0, 10**6))
+def test_both_ways_take_equally_long(gpu: float, cpu: float, gpu_row: float, cpu_row: float, count: int) -> None:
+    sizes = (1 << 11, 1 << 16)
+    first, share = divide(sizes, [gpu + size * gpu_row for size in sizes], [cpu + size * cpu_row for size in sizes])
+    by_gpu = min(count, first + count * share // SHARES)
+    takes = (gpu + by_gpu * gpu_row, cpu + (count - by_gpu) * cpu_row)
+    slack = (2 + count / SHARES) * (gpu_row + cpu_row)
+    if first > 0 and by_gpu < count:
+        assert abs(takes[0] - takes[1]) <= slack + 1e-9
+    elif first >= count > 0:  # the CPU is not ready before
+        assert takes[0] <= cpu + slack + 1e-9
 
 
 class Runtime:
@@ -79,7 +82,8 @@ def runtime_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Runtime]:
     def make(refusal: int) -> Runtime:
         runtime = Runtime(refusal)
         monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-        monkeypatch.setattr(host_reads, "_timed", lambda reads, keys: 1.0)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(host_reads, "_gpu_seconds", lambda ask, keys: 1.0)
         return runtime
 
     return make
@@ -89,13 +93,13 @@ def memory_of(table: RecordTable) -> Any:
     return table.records.numpy().reshape(-1)
 
 
-def reads_of(table: RecordTable, staged_from: int, share: int) -> HostReads:
+def reads_of(table: RecordTable, first: int, share: int) -> HostReads:
     """Reads by both ways, on a GPU where there is one."""
     if KERNELS.type == "cuda":
         table = RecordTable(table.layout, table.spaces, CPU, pinned=True)
         table.records.random_(256)
     reads = HostReads(table, KERNELS)
-    reads.words, reads.staged_from, reads.share = table.words, staged_from, share
+    reads.words, reads.first, reads.share = table.words, first, share
     return reads
 
 
@@ -126,17 +130,15 @@ def test_a_table_is_pinned_as_long_as_it_is_read(runtime_of: Any) -> None:
 
 @reuse
 @given(st.integers(0, 40), st.sampled_from([0, 1, 20, 2**62]), st.sampled_from([0, 96, SHARES]), st.integers(0, 9))
-def test_a_batch_divided_in_any_way_has_its_rows(
-    form: str, count: int, staged_from: int, share: int, slack: int
-) -> None:
-    reads = reads_of(random_table(), staged_from, share)
+def test_a_batch_divided_in_any_way_has_its_rows(form: str, count: int, first: int, share: int, slack: int) -> None:
+    reads = reads_of(random_table(), first, share)
     ask = HostAsk(reads, count + slack)
     for seed in range(2):  # an ask serves one batch after the other
         generator = torch.Generator().manual_seed(seed)
         keys = torch.cat((torch.randint(50, (count,), generator=generator), torch.full((slack,), -1)))
         keys[: count // 2] = make_keys(3, keys[: count // 2] % 7)
         on_device = keys.to(KERNELS)
-        ask.send(on_device, torch.tensor([count], device=KERNELS))
+        ask.send(on_device, torch.tensor([count, 0], device=KERNELS))
         ask.sent()
         ask.read_beside()
         found = ask.bring()
@@ -145,40 +147,41 @@ def test_a_batch_divided_in_any_way_has_its_rows(
     assert torch.equal(reads.fetch(on_device[:count]).cpu(), found.cpu())
 
 
-@pytest.mark.parametrize("staged_from", [0, sys.maxsize])
+@pytest.mark.parametrize("first", [0, 1 << 62])
 @pytest.mark.parametrize("key, message", [
     (50, "Row 50 is not in table 0, which has 50 rows"), (make_keys(3, torch.tensor(7)), "Row 7 is not in table 3"),
     (make_keys(1, torch.tensor(0)), "There is no table with number 1 here"),
     (make_keys(9, torch.tensor(0)), "There is no table with number 9 here"),
 ])  # fmt: skip
-def test_a_row_that_is_not_there_is_named(form: str, staged_from: int, key: int | Tensor, message: str) -> None:
-    reads = reads_of(random_table(), staged_from, 0)
+def test_a_row_that_is_not_there_is_named(form: str, first: int, key: int | Tensor, message: str) -> None:
+    reads = reads_of(random_table(), first, 0)
     with pytest.raises(ValueError, match=message):
         reads.fetch(torch.tensor([1, int(key), 2], device=KERNELS))
     assert len(reads.fetch(torch.tensor([1, 2], device=KERNELS))) == 2
 
 
-def test_the_ways_are_measured_with_rows_that_are_there(
-    runtime_of: Callable[[int], Runtime], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_way_is_measured_alone(runtime_of: Callable[[int], Runtime], monkeypatch: pytest.MonkeyPatch) -> None:
     runtime_of(0)
-    table, tried = random_table(), list[tuple[int, int, int]]()
+    table, real = random_table(), host_reads._cpu_seconds
+    measured: dict[str, list[int]] = {"gpu": [], "cpu": []}
 
-    def timed(reads: HostReads, keys: Tensor) -> float:
-        tried.append((len(keys), reads.staged_from, reads.share))
-        assert torch.equal(reads.fetch(keys), table.gather(keys))
-        by_gpu = reads.by_gpu(len(keys))
-        return by_gpu + 3.0 if by_gpu == len(keys) else max(by_gpu, len(keys) - by_gpu) / 2 + 4
+    def by_gpu(ask: HostAsk, keys: Tensor) -> float:
+        assert ask._reads.by_gpu(len(keys)) == len(keys)
+        measured["gpu"].append(len(keys))
+        return 1e-6 + 3e-6 * len(keys)
 
-    monkeypatch.setattr(host_reads, "_timed", timed)
-    monkeypatch.setattr(host_reads, "_SIZES", (1, 4, 16))
-    monkeypatch.setattr(host_reads, "_SHARED", (2, 16))
+    def by_cpu(ask: HostAsk, keys: Tensor) -> float:
+        assert ask._reads.by_gpu(len(keys)) == 0 and real(ask, keys) >= 0
+        assert torch.equal(ask.records, table.gather(keys))
+        measured["cpu"].append(len(keys))
+        return 17e-6 + 1e-6 * len(keys)
+
+    monkeypatch.setattr(host_reads, "_gpu_seconds", by_gpu)
+    monkeypatch.setattr(host_reads, "_cpu_seconds", by_cpu)
+    monkeypatch.setattr(host_reads, "_SIZES", (4, 16))
     reads = HostReads(table, CPU, lambda: memory_of(table))
-    assert reads.staged_from == 4 and reads.share == 3 * SHARES // 8
-    assert {size for size, *_ in tried} == {1, 4, 16}
-    monkeypatch.setattr(host_reads, "_MOST_SECONDS", -1.0)
-    reads = HostReads(table, CPU, lambda: memory_of(table))
-    assert reads.staged_from == sys.maxsize and reads.share == 0
+    assert (reads.first, reads.share) == (4, SHARES // 4) and reads.by_gpu(5) == 5 and reads.by_gpu(16) == 8
+    assert measured["gpu"] == measured["cpu"] and set(measured["gpu"]) == {4, 16}
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -188,7 +191,7 @@ def test_any_store_can_be_asked(device: str) -> None:
     store.table.records.random_(256)  # type: ignore[attr-defined]
     ask = PlainAsk(store, 9, torch.device(device))
     for keys in ([3, 1, 3], [], [8]):
-        ask.send(torch.tensor([*keys, 0, 0], device=device), torch.tensor([len(keys)], device=device))
+        ask.send(torch.tensor([*keys, 0, 0], device=device), torch.tensor([len(keys), 0], device=device))
         ask.sent()
         ask.read()
         assert torch.equal(ask.bring().cpu(), store.fetch(torch.tensor(keys, dtype=torch.int64)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -169,7 +168,8 @@ def test_a_gpu_gets_the_same_rows_by_both_ways(tmp_path: Path) -> None:
     store, device = SharedHostStore({0: table}, table.layout), torch.device("cuda")
     expected = table.read(0, ROWS)
     store.fetch(torch.arange(ROWS, device=device))
-    for staged_from in (0, sys.maxsize):
-        store._reads_of(torch.device(device)).staged_from = staged_from
+    for first in (0, 1 << 62):
+        reads = store._reads_of(torch.device("cuda:0"))
+        reads.first, reads.share = first, 0
         keys = torch.from_numpy(np.random.default_rng(0).permutation(ROWS)).to(device)
         assert torch.equal(store.fetch(keys).cpu(), expected[keys.cpu()])

@@ -62,7 +62,7 @@ def check(slots: Slots, reads: Reads) -> Found:
     before, there = slots.counts.clone(), slots.tags.clone()
     slots.tick()
     found = slots.find(reads)
-    found = found.first(int(found.count))
+    found = found.first(int(found.count[0]))
     fetched = record_of(found.keys)
     slots.fill(found, fetched)
     for where, keys in zip(found.where.tolist(), keys_of(reads), strict=True):
@@ -212,7 +212,7 @@ def test_a_batch_may_begin_before_the_last_one_is_filled(sets: int, sizes: list[
         if reads is not None:
             slots.tick()
             found = slots.find(reads)
-            begun.append((reads, found.first(int(found.count))))
+            begun.append((reads, found.first(int(found.count[0]))))
         if number:
             earlier, found = begun[number - 1]
             fetched = record_of(found.keys)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,29 @@ from torch_engram.window import Window
 if TYPE_CHECKING:
     from torch_engram.addressing.address_kernels import Hashes
 
-Lookup = Callable[[int], tuple[Tensor, Tensor]]
-"""What :meth:`Addressing.lookup` gives: a layer to its mixes ``[B, T, N-1]`` and row ids ``[B, T, C]``."""
+
+class Lookup:
+    """What some tokens read, from :meth:`Addressing.lookup`: ``find`` gives a layer's mixes ``[B, T, N-1]`` and row ids
+    ``[B, T, C]``. ``together``: those of ``layers``, stacked, where all are found already."""
+
+    def __init__(
+        self,
+        find: Callable[[int], tuple[Tensor, Tensor]],
+        layers: Iterable[int] = (),
+        together: tuple[Tensor, Tensor] | None = None,
+    ):
+        self._find, self._layers, self._together = find, tuple(layers), together
+
+    def __call__(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Mixes and row ids of one layer."""
+        return self._find(layer)
+
+    def of(self, layers: Iterable[int]) -> tuple[Tensor, Tensor]:
+        """Mixes ``[L, B, T, N-1]`` and row ids ``[L, B, T, C]`` of some layers."""
+        if self._together is not None and tuple(layers) == self._layers:
+            return self._together
+        mixes, rows = zip(*map(self._find, layers), strict=True)
+        return torch.stack(mixes), torch.stack(rows)
 
 
 class Addressing:
@@ -102,7 +123,7 @@ class Addressing:
         if use_kernels(tokens):
             return self._lookup_at_once(tokens, history, doc_start, live, with_mixes)
         windows = self.windows(tokens, history=history, doc_start=doc_start, live=live)
-        return partial(self.rows, windows)
+        return Lookup(partial(self.rows, windows))
 
     def _lookup_at_once(
         self, tokens: Tensor, history: Window | None, doc_start: Tensor | None, live: Tensor | None, with_mixes: bool
@@ -120,7 +141,8 @@ class Addressing:
             self.require_known(tokens)
         if history is not None:
             history.push(*chunk)
-        return dict(zip(self.layouts, zip(mixes, rows, strict=True), strict=True)).__getitem__
+        by_layer = dict(zip(self.layouts, zip(mixes, rows, strict=True), strict=True))
+        return Lookup(by_layer.__getitem__, self.layouts, (mixes, rows))
 
     def last_rows(self, tokens: Tensor, start: Tensor, dead: Tensor, stranger: Tensor) -> tuple[Tensor, Tensor]:
         """Mixes ``[L, B, 1, N-1]`` and row ids ``[L, B, 1, C]`` of all layers for the last of N tokens ``[B, N]``, on a

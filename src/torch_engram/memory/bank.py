@@ -151,7 +151,7 @@ class MemoryBank:
 
         def find() -> list[Lookup]:
             _require_rows(rows, layer, self.addressing.layouts[layer].rows)
-            return [lambda layer: (mixes, rows)]
+            return [Lookup(lambda layer: (mixes, rows))]
 
         return self._fetch((layer,), self._prefetcher.find(find, (mixes, rows)), [None], trains=False)[0]
 

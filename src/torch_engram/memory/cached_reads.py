@@ -90,9 +90,9 @@ class CachedFetch:
 
     def begin(self, lookups: Sequence[Lookup], live: Sequence[Tensor | None]) -> None:
         """Look for what every micro-batch reads where it is live."""
-        self._found = [[lookup(layer) for lookup in lookups] for layer in self._layers]  # until it has been read
-        self._shapes = [rows.shape[:2] for _, rows in self._found[0]]
-        mixes, rows = (torch.stack([_joined([of[i] for of in layer]) for layer in self._found]) for i in range(2))
+        self._found = [lookup.of(self._layers) for lookup in lookups]  # kept until it has been read
+        self._shapes = [rows.shape[1:3] for _, rows in self._found]
+        mixes, rows = (_joined(parts) for parts in zip(*self._found, strict=True))
         self._live = None if all(mask is None for mask in live) else self._masks(live, rows.device)
         try:
             for tables in self._groups:
@@ -140,6 +140,6 @@ class CachedFetch:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Positions of all micro-batches one after the other: ``[n, ...]``."""
-    flat = [part.flatten(0, 1) for part in parts]
-    return flat[0] if len(flat) == 1 else torch.cat(flat)
+    """Positions of all micro-batches one after the other: ``[L, n, ...]``."""
+    flat = [part.flatten(1, 2) for part in parts]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, 1)

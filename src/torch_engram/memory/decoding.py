@@ -69,7 +69,7 @@ class DecodeMemory(Memory):
         moment. Raises ``ValueError`` for an id outside the vocabulary; where nothing has to come from the host, only at
         the next read.
         """
-        if ids.shape != self.ids.shape:
+        if ids is not self.ids and ids.shape != self.ids.shape:
             raise ValueError(f"Ids are {list(ids.shape)}: this memory decodes {list(self.ids.shape)}.")
         if self._replayed is not None:
             self._replayed.read(ids, after)

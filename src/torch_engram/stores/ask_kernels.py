@@ -29,13 +29,13 @@ def send_triton(keys: Tensor, count: Tensor, bases: Tensor, rows: Tensor, index:
 
 
 def read_triton(
-    words: Tensor, keys: Tensor, count: Tensor, bases: Tensor, rows: Tensor, staged_from: int, share: int, out: Tensor
+    words: Tensor, keys: Tensor, count: Tensor, bases: Tensor, rows: Tensor, first: int, share: int, out: Tensor
 ) -> None:
     """See :func:`torch_engram.stores.host_asks.read_naive`; ``words`` is pinned."""
     width = words.shape[1]
     programs = max(1, min(_PROGRAMS, triton.cdiv(len(keys), _ROWS)))
     _read[(programs,)](
-        words, keys, count, bases, rows, out.view(torch.int64), min(staged_from, 2**62), share, programs,
+        words, keys, count, bases, rows, out.view(torch.int64), first, share, programs,
         SPACES=len(rows), WIDTH=width, TILE=triton.next_power_of_2(width), ROWS=_ROWS,
     )  # fmt: skip
 
@@ -62,16 +62,16 @@ def _send(keys, count, bases, rows, index, head, capacity, SPACES: tl.constexpr,
     tl.store(head + 1 + number * 0, tl.full([KEYS], 1, tl.int64), mask=here & ~known)
 
 
-@triton.jit(do_not_specialize=("staged_from", "share", "programs"))
+@triton.jit(do_not_specialize=("first", "share", "programs"))
 def _read(
-    words, keys, count, bases, rows, out, staged_from, share, programs,
+    words, keys, count, bases, rows, out, first, share, programs,
     SPACES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     wanted = tl.load(count)
-    wanted = tl.where(wanted < staged_from, wanted, wanted * share // _SHARES)
+    wanted = tl.minimum(wanted, first + wanted * share // _SHARES)
     word = tl.arange(0, TILE)
-    for first in range(tl.program_id(0) * ROWS, wanted, programs * ROWS):
-        number = (first + tl.arange(0, ROWS)).to(tl.int64)
+    for begin in range(tl.program_id(0) * ROWS, wanted, programs * ROWS):
+        number = (begin + tl.arange(0, ROWS)).to(tl.int64)
         at, known = _located(keys, number, number < wanted, bases, rows, SPACES)
         inside = known[:, None] & (word < WIDTH)[None]
         value = tl.load(words + at[:, None] * WIDTH + word[None], mask=inside)

@@ -28,7 +28,8 @@ class Ask(Protocol):
     """Whether :meth:`read` brings all of every batch, so that :meth:`bring` can be left out."""
 
     def send(self, keys: Tensor, count: Tensor) -> None:
-        """Say what is missing: the first ``count`` (int64 ``[1]``) of ``keys``, both on the device. May be captured."""
+        """Say what is missing: the first ``count[0]``, of int64 ``[2]``, of ``keys``, both on the device. May be
+        captured."""
 
     def sent(self) -> None:
         """:meth:`send`, or its replay, was enqueued on the current stream, and nothing after it that is not to be
@@ -71,7 +72,7 @@ class PlainAsk:
 
     def __init__(self, store: Store, capacity: int, device: torch.device):
         self._store, self.capacity = store, capacity
-        self._count = pinned((1,), torch.int64, device)
+        self._count = pinned((2,), torch.int64, device)
         self._sent = torch.cuda.Event() if device.type == "cuda" else None
 
     def send(self, keys: Tensor, count: Tensor) -> None:
@@ -94,7 +95,7 @@ class PlainAsk:
         """See :class:`Ask`."""
         if self._sent is not None:
             self._sent.synchronize()
-        count = int(self._count)
+        count = int(self._count[0])
         if not count:
             return self._store.layout.empty(0, self._keys.device)
         return self._store.fetch(self._keys[:count])

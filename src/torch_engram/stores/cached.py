@@ -94,7 +94,7 @@ class CachedStore(Front):
             with self._turns.turn():
                 self._slots.tick()
                 found = self._slots.find(reads)
-                found = found.first(int(found.count))
+                found = found.first(int(found.count[0]))
                 self._begin_fetch()
             try:
                 fetched = self.store.fetch(found.keys)  # others may write meanwhile

@@ -53,15 +53,15 @@ class HostAsk:
     def read(self) -> None:
         """See :class:`~torch_engram.stores.asks.Ask`."""
         reads = self._reads
-        if reads.words is None or not (reads.staged_from or reads.share):
+        if reads.words is None or not reads.by_gpu(self.capacity):
             return
         table = (reads.words, self._keys, self._count, reads.bases, reads.rows)
         if use_kernels(self._keys):
             from torch_engram.stores.ask_kernels import read_triton
 
-            read_triton(*table, reads.staged_from, reads.share, self.records)
+            read_triton(*table, reads.first, reads.share, self.records)
         else:
-            read_naive(*table, reads.staged_from, reads.share, self.records)
+            read_naive(*table, reads.first, reads.share, self.records)
 
     def read_beside(self) -> None:
         """See :class:`~torch_engram.stores.asks.Ask`."""
@@ -99,7 +99,7 @@ def send_naive(keys: Tensor, count: Tensor, bases: Tensor, rows: Tensor, index: 
 
     ``bases``, ``rows``: int64 by space, where its rows begin and how many it has; 0 for one that is not there.
     """
-    wanted = keys[: int(count)]
+    wanted = keys[: int(count[0])]
     at, known = _located(wanted, bases, rows)
     index[: len(wanted)] = torch.where(known, at, -1)
     head[0] = len(wanted)
@@ -108,12 +108,12 @@ def send_naive(keys: Tensor, count: Tensor, bases: Tensor, rows: Tensor, index: 
 
 
 def read_naive(
-    words: Tensor, keys: Tensor, count: Tensor, bases: Tensor, rows: Tensor, staged_from: int, share: int, out: Tensor
+    words: Tensor, keys: Tensor, count: Tensor, bases: Tensor, rows: Tensor, first: int, share: int, out: Tensor
 ) -> None:
-    """Put the first of the wanted rows in ``out`` uint8 ``[capacity, nbytes]``: all where they are fewer than
-    ``staged_from``, else ``share`` of :data:`SHARES`. ``words``: int64, the table."""
-    many = int(count)
-    at, known = _located(keys[: many if many < staged_from else many * share // SHARES], bases, rows)
+    """Put wanted rows in ``out`` uint8 ``[capacity, nbytes]``: the first ones, ``first`` of them and ``share`` of
+    :data:`SHARES`. ``words``: int64, the table."""
+    many = int(count[0])
+    at, known = _located(keys[: min(many, first + many * share // SHARES)], bases, rows)
     out[: len(at)][known] = words[at[known].to(words.device)].view(torch.uint8).to(out.device)
 
 

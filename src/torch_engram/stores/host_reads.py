@@ -2,16 +2,15 @@
 
 Staged, the CPU gathers rows into pinned memory and the copy engine moves them. The GPU's own reads need no CPU, but the
 bus takes as long for a row at a random place, however short, as for many times its bytes: they are quicker for few
-rows, and of many they take a share. From how many rows on the CPU helps, and how much it leaves to the GPU, is measured
+rows, and of many they take a share. How a batch is best divided follows from what either way takes, which is measured
 when the first rows are asked for.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,14 +22,9 @@ from torch_engram.stores.records import make_keys
 from torch_engram.stores.staging import Staging
 from torch_engram.stores.table import RecordTable
 
-_SIZES = (1 << 8, 1 << 10, 1 << 12, 1 << 14, 1 << 16)
-"""Rows of the fetches that are measured."""
-_SHARED = (1 << 13, 1 << 16)
-"""Rows of those that are divided: about what decoding and prefill miss."""
-_TRIED = tuple(SHARES * eighths // 8 for eighths in range(4))
+_SIZES = (1 << 11, 1 << 16)
+"""Rows of the fetches that are measured: what decoding and prefill miss lies between."""
 _ROUNDS = 5
-_MOST_SECONDS = 0.5
-"""What may be measured after that is not."""
 
 
 class HostReads:
@@ -47,73 +41,78 @@ class HostReads:
         """For the GPU's own reads."""
         self.words = _reachable(self, table, writable)
         """The table int64 ``[rows, nbytes / 8]`` as the GPU reaches it; None where it does not."""
-        self.staged_from, self.share = 0, 0
-        """The least number of rows that are staged, fewer are read by the GPU itself; and of more its share, of 256."""
+        self.first, self.share = 0, 0
+        """What the GPU reads itself of a batch: so many rows, and of the batch that share, of :data:`SHARES`."""
         if self.words is not None:
-            self._seconds(_SIZES[0])  # compiles the kernels
-            self.staged_from = self._break_even()
-            self.share = self._best_share()
+            self.first, self.share = divide(_SIZES, *self._measure())
 
     def by_gpu(self, count: int) -> int:
         """How many of ``count`` rows, the first ones, the GPU reads itself."""
-        if self.words is None:
-            return 0
-        return count if count < self.staged_from else count * self.share // SHARES
+        return 0 if self.words is None else min(count, self.first + count * self.share // SHARES)
 
     def fetch(self, keys: Tensor) -> Tensor:
         """Records uint8 ``[U, nbytes]`` of keys ``[U]`` on the GPU. Raises ``ValueError`` naming a row or a space that
         is not there."""
         ask = HostAsk(self, len(keys))
-        ask.send(keys.contiguous(), torch.full((1,), len(keys), device=self.device))
+        ask.send(keys.contiguous(), torch.full((2,), len(keys), device=self.device))
         ask.sent()
         ask.read_beside()
         return ask.bring()
 
-    def _break_even(self) -> int:
-        sizes: list[int] = []
-        direct: list[float] = []
-        staged: list[float] = []
-        begun = time.perf_counter()
+    def _measure(self) -> tuple[list[float], list[float]]:
+        """Seconds that the GPU, and the CPU, take for random rows of :data:`_SIZES`."""
+        by_gpu: list[float] = []
+        by_cpu: list[float] = []
         for size in _SIZES:
-            if time.perf_counter() - begun > _MOST_SECONDS:
-                break
-            sizes.append(size)
-            for self.staged_from, took in ((sys.maxsize, direct), (0, staged)):
-                took.append(self._seconds(size))
-        return break_even(sizes, direct, staged)
+            ask = HostAsk(self, size)
+            for self.first, way, took in ((1 << 62, _gpu_seconds, by_gpu), (0, _cpu_seconds, by_cpu)):
+                took.append(min(way(ask, keys.to(self.device)) for keys in self._random_keys(size)))
+        return by_gpu, by_cpu
 
-    def _best_share(self) -> int:
-        """The one that takes the least time over :data:`_SHARED`, each size counted alike."""
-        sizes = [size for size in _SHARED if size >= self.staged_from]
-        totals = {}
-        begun = time.perf_counter()
-        for self.share in _TRIED:
-            if time.perf_counter() - begun > _MOST_SECONDS:
-                break
-            totals[self.share] = sum(self._seconds(size) / size for size in sizes)
-        return min(totals, key=lambda share: totals[share], default=0)
-
-    def _seconds(self, size: int) -> float:
-        """The least that a fetch of so many random rows takes as things are set."""
+    def _random_keys(self, size: int) -> Iterator[Tensor]:
+        """For every round."""
         space, rows = max(self.table.spaces.items(), key=lambda found: found[1])
-        return min(_timed(self, make_keys(space, torch.randint(rows, (size,)))) for _ in range(_ROUNDS))
+        for _ in range(_ROUNDS):
+            yield make_keys(space, torch.randint(rows, (size,)))
 
 
-def break_even(sizes: Sequence[int], direct: Sequence[float], staged: Sequence[float]) -> int:
-    """The least of ascending ``sizes`` from which on staging takes less time at every one; past all where at none."""
-    found = sys.maxsize
-    for size, by_gpu, by_cpu in reversed(list(zip(sizes, direct, staged, strict=True))):
-        if by_cpu >= by_gpu:
-            break
-        found = size
-    return found
+def divide(sizes: Sequence[int], by_gpu: Sequence[float], by_cpu: Sequence[float]) -> tuple[int, int]:
+    """How a batch is divided so that both take equally long: how many rows the GPU reads while the CPU is getting
+    ready, and which share of the batch besides, of :data:`SHARES`.
+
+    From what either takes alone for two ``sizes``: something, and something more for every row.
+    """
+    (gpu, gpu_row), (cpu, cpu_row) = (_line(sizes, took) for took in (by_gpu, by_cpu))
+    both = gpu_row + cpu_row
+    return max(0, round((cpu - gpu) / both)), round(SHARES * cpu_row / both)
 
 
-def _timed(reads: HostReads, keys: Tensor) -> float:
-    keys = keys.to(reads.device)
+def _line(sizes: Sequence[int], took: Sequence[float]) -> tuple[float, float]:
+    """What it takes, and what a row takes more."""
+    row = max((took[1] - took[0]) / (sizes[1] - sizes[0]), 1e-12)
+    return took[0] - row * sizes[0], row
+
+
+def _asked(ask: HostAsk, keys: Tensor) -> None:
+    ask.send(keys, torch.full((2,), len(keys), device=keys.device))
+    ask.sent()
     torch.cuda.synchronize()
+
+
+def _gpu_seconds(ask: HostAsk, keys: Tensor) -> float:
+    _asked(ask, keys)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    ask.read()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def _cpu_seconds(ask: HostAsk, keys: Tensor) -> float:
+    _asked(ask, keys)
     begun = time.perf_counter()
-    reads.fetch(keys)
+    ask.bring()
     torch.cuda.synchronize()
     return time.perf_counter() - begun
 

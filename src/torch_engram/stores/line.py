@@ -27,7 +27,7 @@ class Line:
         self.issued = 0
         """Numbers given so far; the first read has 0."""
         self._begun = self._finished = 0
-        self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
+        self._last: torch.cuda.Stream | None = None
 
     @contextmanager
     def join(self) -> Iterator[int]:
@@ -90,13 +90,9 @@ class Line:
     @contextmanager
     def _enqueuing(self) -> Iterator[None]:
         with self._enqueues:
-            if self._device.type != "cuda":
-                yield
-                return
-            stream = torch.cuda.current_stream(self._device)
-            if self._last is not None and self._last[0] != stream:
-                stream.wait_event(self._last[1])
-            try:
-                yield
-            finally:
-                self._last = stream, stream.record_event()
+            if self._device.type == "cuda":
+                stream = torch.cuda.current_stream(self._device)
+                if self._last is not None and self._last != stream:
+                    stream.wait_stream(self._last)
+                self._last = stream
+            yield

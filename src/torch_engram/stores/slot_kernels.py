@@ -50,7 +50,7 @@ def find_triton(table: Slots, reads: Reads) -> Found:
     count, most = len(reads.tags), max(region.parts for region in table.regions)
     where = torch.empty_like(reads.tags)
     missing = reads.tags.new_empty(3, -(-count * most // 16) * 16)  # each of the three aligned for wide accesses
-    total = reads.tags.new_empty(1) if count else reads.tags.new_zeros(1)
+    total = reads.tags.new_empty(2) if count else reads.tags.new_zeros(2)
     keys, targets, owners = missing.unbind()
     if not count:
         return Found(where, keys, targets, owners, total)
@@ -74,7 +74,7 @@ def fill_triton(table: Slots, found: Found, records: Tensor) -> None:
     if len(words):
         _fill[(triton.cdiv(words.numel(), _WORDS),)](
             words, found.targets, found.owners, found.count, table.records.view(torch.int64), table.tags, table.stamps,
-            table.clock, words.numel(), WIDTH=words.shape[1], WORDS=_WORDS,
+            words.numel(), WIDTH=words.shape[1], WORDS=_WORDS,
         )  # fmt: skip
 
 
@@ -131,8 +131,10 @@ def _probe(
     asked, regions, by_space, tags, stamps, where, missing, counts, clock, count, positions, groups,
     REGIONS: tl.constexpr, TILE: tl.constexpr, BY_SPACE: tl.constexpr, READS: tl.constexpr,
 ):  # fmt: skip
+    epoch = tl.load(clock) + 1
     if tl.program_id(0) == 0:
         tl.store(missing, 0)
+        tl.store(missing + 1, epoch.to(tl.int64))
     read, here, tag, which = _ask(asked, regions, by_space, count, positions, groups, BY_SPACE, READS)
     region = regions + which * _COLUMNS
     first = _first_way(tag, region)
@@ -141,7 +143,7 @@ def _probe(
     found = tl.max(tl.where((there == tag[:, None]) & (tag >= 0)[:, None], way[None], -1), axis=1)
     hit = here & (found >= 0)
     slot = first + found
-    tl.store(stamps + slot, tl.full([READS], 1, tl.int32) * tl.load(clock), mask=hit)
+    tl.store(stamps + slot, tl.full([READS], 1, tl.int32) * epoch, mask=hit)
     record = _record(slot, region)
     tl.store(where + read, tl.where(hit, record, -1), mask=here)
     line, hits = _tally(counts, regions, which, hit.to(tl.int64), REGIONS, TILE)
@@ -154,12 +156,15 @@ def _claim(
     count, positions, groups, columns,
     PARTS: tl.constexpr, REGIONS: tl.constexpr, TILE: tl.constexpr, BY_SPACE: tl.constexpr, READS: tl.constexpr,
 ):  # fmt: skip
+    epoch = tl.load(missing + 1).to(tl.int32)
+    if tl.program_id(0) == 0:
+        tl.store(clock, epoch)
     read, here, tag, which = _ask(asked, regions, by_space, count, positions, groups, BY_SPACE, READS)
     missed = here & (tl.load(where + read, mask=here, other=0) < 0)
     if tl.max(missed.to(tl.int32), axis=0) > 0:
         region = regions + which * _COLUMNS
         first = _first_way(tag, region)
-        slot, won, evicts = _take(tag, missed, first, tags, stamps, tl.load(clock), READS)
+        slot, won, evicts = _take(tag, missed, first, tags, stamps, epoch, READS)
         spilled = missed & (slot < 0)
         parts = tl.where(won | spilled, tl.load(region + 3), 0)
         begins = tl.atomic_add(missing, tl.sum(parts, axis=0)) + tl.cumsum(parts, axis=0) - parts
@@ -225,9 +230,7 @@ def _take(tag, missed, first, tags, stamps, epoch, READS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def _fill(
-    fetched, targets, owners, count, records, tags, stamps, clock, words, WIDTH: tl.constexpr, WORDS: tl.constexpr
-):
+def _fill(fetched, targets, owners, count, records, tags, stamps, words, WIDTH: tl.constexpr, WORDS: tl.constexpr):
     number = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
     here = (number < words) & (number < tl.load(count) * WIDTH)
     row, word = number // WIDTH, number % WIDTH
@@ -238,7 +241,7 @@ def _fill(
     owns = owner >= 0
     tag = tl.load(tags + owner, mask=owns, other=0)
     tl.store(tags + owner, tag & 0x7FFFFFFFFFFFFFFF, mask=owns)
-    tl.store(stamps + owner, tl.full([WORDS], 1, tl.int32) * tl.load(clock), mask=owns)
+    tl.store(stamps + owner, tl.full([WORDS], 1, tl.int32) * tl.load(count + 1).to(tl.int32), mask=owns)
 
 
 @triton.jit(do_not_specialize=_VARYING)

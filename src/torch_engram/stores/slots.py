@@ -89,8 +89,8 @@ class Found:
     owners: Tensor
     """int64 ``[k]``: the place whose first record it is, -1 for all others."""
     count: Tensor
-    """int64 ``[1]``: how many of the ``k`` above are meant. Kernels make room for all that could be missing, so that
-    nobody has to wait for this number until the rows are fetched."""
+    """int64 ``[2]``: how many of the ``k`` above are meant, and the batch's number. Kernels make room for all that
+    could be missing, so that nobody has to wait for this until the rows are fetched."""
 
     def first(self, count: int) -> Found:
         """The same, when it is known that ``count`` are missing."""
@@ -138,7 +138,6 @@ class Slots:
     def find(self, reads: Reads) -> Found:
         """Stamp what is there, and claim places for what is not, after a :meth:`tick`. On a GPU it waits for nothing
         and may be captured in a graph; every replay then follows a tick."""
-        self.clock.add_(1)
         if use_kernels(reads.tags):
             from torch_engram.stores.slot_kernels import find_triton
 
@@ -174,7 +173,7 @@ class Slots:
 
     def release(self, found: Found) -> None:
         """Give up what a batch has claimed, after a fetch that failed."""
-        owners = found.owners[: int(found.count)]
+        owners = found.owners[: int(found.count[0])]
         self.tags[owners[owners >= 0]] = EMPTY
 
     def clear(self) -> None:
@@ -211,6 +210,7 @@ def _ways_of(first: Tensor) -> Tensor:
 
 def find_naive(slots: Slots, reads: Reads) -> Found:
     """See :meth:`Slots.find`."""
+    slots.clock.add_(1)
     tags, regions = reads.tags, reads.regions[reads.which()]
     first = _sets_of(tags, regions)
     there = slots.tags[_ways_of(first)]
@@ -232,12 +232,13 @@ def find_naive(slots: Slots, reads: Reads) -> Found:
     _count(slots, "overflow", regions[wanted[~claimed]])
     _count(slots, "evictions", regions[wanted[claimed]][slots.tags[taken[claimed]] != EMPTY])
     slots.tags[taken[claimed]] = distinct[claimed, 1] | CLAIMED
-    where, missing = torch.empty_like(tags), _missing(reads, regions[wanted], wanted, taken, claimed)
+    keys, targets, owners, count = _missing(reads, regions[wanted], wanted, taken, claimed)
+    where = torch.empty_like(tags)
     where[placed] = _record(regions[placed], slot[placed])
     parts = regions[wanted, 3]
     begins = parts.cumsum(0) - parts
     where[missed] = torch.where(claimed, _record(regions[wanted], taken), -2 - begins)[inverse]
-    return Found(where, *missing)
+    return Found(where, keys, targets, owners, torch.stack((count, slots.clock[0].long())))
 
 
 def _claim(slots: Slots, first: Tensor, tags: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,7 +268,7 @@ def _missing(
     keys = reads.rows[(wanted // reads.groups)[:, None], column] + regions[:, 5, None]
     targets = torch.where(claimed[:, None], _record(regions, taken)[:, None] + part, -1)
     owners = torch.where(claimed[:, None] & (part == 0), taken[:, None], -1)
-    return keys[here], targets[here], owners[here], here.sum()[None]
+    return keys[here], targets[here], owners[here], here.sum()
 
 
 def _count(slots: Slots, what: str, regions: Tensor, by: int = 1) -> None:
@@ -276,12 +277,12 @@ def _count(slots: Slots, what: str, regions: Tensor, by: int = 1) -> None:
 
 def fill_naive(slots: Slots, found: Found, records: Tensor) -> None:
     """See :meth:`Slots.fill`."""
-    targets, owners = (part[: min(len(records), int(found.count))] for part in (found.targets, found.owners))
+    targets, owners = (part[: min(len(records), int(found.count[0]))] for part in (found.targets, found.owners))
     placed = targets >= 0
     slots.records[targets[placed]] = records[: len(targets)][placed]
     owners = owners[owners >= 0]
     slots.tags[owners] &= ~CLAIMED
-    slots.stamps[owners] = slots.clock
+    slots.stamps[owners] = found.count[1].to(torch.int32)
 
 
 def overwrite_naive(slots: Slots, reads: Reads, records: Tensor) -> None:
