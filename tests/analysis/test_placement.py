@@ -61,6 +61,7 @@ def test_without_a_gpu_nothing_crosses_a_bus():
     (BIG, 8 * 10**9, {"host", "disk"}),
     (BIG, 81 * 10**9, set()),
     (Machine(hbm=210 * 10**9, ram=0, disk=0), 0, {"device"}),
+    (Machine(hbm=0, ram=10**9, disk=None), 10**9, {"disk"}),
     (Machine(hbm=0, ram=210 * 10**9, disk=0), 10**15, {"host"}),
     (Machine(hbm=0, ram=10**9, disk=210 * 10**9), 10**9, {"disk"}),
     (Machine(hbm=0, ram=10**9, disk=210 * 10**9), 2 * 10**9, set()),

@@ -1,6 +1,7 @@
 """The machine that a memory is placed on: what it has free, and how fast it moves bytes.
 
-What is free here can be found out. Rates are not probed: they are the user's, or those of a machine that was measured.
+What is free here is found out. Rates are not: they are the user's, those of a machine that was measured once, or what
+:mod:`torch_engram.bench.rates` measures.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ class Machine:
     hbm: int
     """Bytes of GPU memory; 0 without a GPU."""
     ram: int
-    disk: int
+    disk: int | None
+    """None for a disk with room for whatever is placed there."""
     bus: float = 54.9e9
     """Bytes a second of copies from pinned memory to the GPU."""
     host_gather: float = 16.1e9

@@ -31,6 +31,7 @@ from torch_engram.stores.codecs import CODECS
 
 PAGE = 4096
 """Bytes that a disk reads for a row."""
+ROOMY = "on a disk that has room"
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def placements(tables: Tables, cache: int, machine: Machine, demands: Mapping[st
     """Device, host and disk, the fastest first."""
     cached = ("GPU memory", machine.hbm) if machine.hbm else ("RAM", machine.ram)
     front = [("a cache", cache, *cached)] if cache else []
-    needs = {
+    needs: dict[str, list[tuple[str, int, str, int | None]]] = {
         "device": [("tables", tables.nbytes, "GPU memory", machine.hbm)],
         "host": [("tables", tables.nbytes, "RAM", machine.ram), *(front if machine.hbm else [])],
         "disk": [("tables", tables.nbytes, "disk", machine.disk), *front],
@@ -150,9 +151,10 @@ def placements(tables: Tables, cache: int, machine: Machine, demands: Mapping[st
     return [
         Placement(
             name,
-            all(size <= free for _, size, _, free in wanted),
+            all(free is None or size <= free for _, size, _, free in wanted),
             "; ".join(
-                f"{what} of {gigabytes(size)} in {gigabytes(free)} of {where}" for what, size, where, free in wanted
+                f"{what} of {gigabytes(size)} " + (f"in {gigabytes(free)} of {where}" if free is not None else ROOMY)
+                for what, size, where, free in wanted
             ),
             {way: cost(name, tables, machine, demand) for way, demand in demands.items()},
         )
