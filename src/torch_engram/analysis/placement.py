@@ -31,7 +31,6 @@ from torch_engram.stores.codecs import CODECS
 
 PAGE = 4096
 """Bytes that a disk reads for a row."""
-ROOMY = "on a disk that has room"
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,8 @@ def placements(tables: Tables, cache: int, machine: Machine, demands: Mapping[st
             name,
             all(free is None or size <= free for _, size, _, free in wanted),
             "; ".join(
-                f"{what} of {gigabytes(size)} " + (f"in {gigabytes(free)} of {where}" if free is not None else ROOMY)
+                f"{what} of {gigabytes(size)} "
+                + (f"in {gigabytes(free)} of {where}" if free is not None else "on a disk that has room")
                 for what, size, where, free in wanted
             ),
             {way: cost(name, tables, machine, demand) for way, demand in demands.items()},

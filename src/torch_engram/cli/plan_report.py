@@ -101,11 +101,11 @@ def _cost_table(found: Sequence[Placement]) -> Table:
 
 def _assumptions(machine: Machine, origins: Mapping[str, str]) -> list[str]:
     """Every number of the machine by where it is from, and what the arithmetic leaves out."""
-    from torch_engram.analysis.placement import ROOMY, gigabytes
+    from torch_engram.analysis.placement import gigabytes
 
     names = {"hbm": "GPU memory", "ram": "RAM", "disk_iops": "disk reads", "disk_latency": "one disk read"}
     shown = {"hbm": gigabytes(machine.hbm), "ram": gigabytes(machine.ram)}
-    shown["disk"] = ROOMY.removeprefix("on a disk ") if machine.disk is None else gigabytes(machine.disk)
+    shown["disk"] = "that has room" if machine.disk is None else gigabytes(machine.disk)
     shown |= {name: f"{getattr(machine, name) / 1e9:,.4g} GB/s" for name in ("bus", "host_gather", "device_gather")}
     shown |= {"disk_iops": f"{machine.disk_iops:,.0f}/s", "disk_latency": f"{1e6 * machine.disk_latency:,.4g} µs"}
     lines = []
