@@ -13,7 +13,7 @@ from torch_engram.models.hyper import HyperConnection, read_naive, write_naive
 from torch_engram.models.hyper_fused import read_fused, write_fused
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SIZES = [(1, 1, 2, 3), (2, 5, 4, 16), (1, 33, 3, 70), (3, 7, 4, 129), (1, 3, 8, 24), (1, 2, 5, 300)]
+SIZES = [(1, 1, 2, 3), (2, 5, 4, 16), (1, 33, 3, 70), (3, 3, 4, 129), (1, 3, 8, 24), (1, 2, 5, 300)]
 BF16 = dict(rtol=2**-6, atol=2**-6)
 
 
