@@ -26,10 +26,11 @@ import torch
 from record import record
 from torch import Tensor
 
+from torch_engram.bench.excerpts import WARM_UP, Excerpts, Mode
 from torch_engram.bench.limits import RandomReads
 from torch_engram.bench.lookup_stand import LookupStand, config_for, read_text
 from torch_engram.bench.lookup_tables import synthesise_layers
-from torch_engram.bench.lookups import WARM_UP, Excerpts, Mode, Read, drop_pages, require_right
+from torch_engram.bench.lookups import Read, drop_pages, require_right
 from torch_engram.bench.timing import median
 from torch_engram.memory import MemoryBank, Tokens
 from torch_engram.stores import FileRows

@@ -15,6 +15,7 @@ ROOMS = (
     "durable",
     "forks",
     "sizes",
+    "free_memory",
     "kernels",
     "data",
     "addressing",

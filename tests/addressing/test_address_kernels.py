@@ -64,7 +64,7 @@ def batches(draw: st.DrawFn) -> Batch:
     )
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(batches(), st.booleans(), st.sampled_from([1, 64, 1024]), st.data())
 def test_equals_windows_and_hashes_for_every_chunking(
     batch: Batch, with_mixes: bool, tile: int, data: st.DataObject

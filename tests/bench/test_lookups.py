@@ -17,19 +17,10 @@ from hypothesis import strategies as st
 from torch_engram.addressing import CanonicalVocab
 from torch_engram.bench import limits
 from torch_engram.bench.cache_hits import Hits
+from torch_engram.bench.excerpts import CHECKED, WARM_UP, Excerpts, Mode, modes
 from torch_engram.bench.lookup_stand import LookupStand, choose_placements
 from torch_engram.bench.lookup_tables import choose_layers, row_bytes, scaled, synthesise_layers, tables_at
-from torch_engram.bench.lookups import (
-    CHECKED,
-    WARM_UP,
-    Excerpts,
-    LookupTimes,
-    Mode,
-    Read,
-    _bytes_from_disk,
-    drop_pages,
-    modes,
-)
+from torch_engram.bench.lookups import LookupTimes, Read, _bytes_from_disk, drop_pages
 from torch_engram.bench.page import LIMITS, LOOKUP_HEAD, hit_rows, lookup_cells
 from torch_engram.config import PRESETS, EngramConfig
 from torch_engram.data import TokenFile

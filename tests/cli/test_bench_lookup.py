@@ -119,7 +119,7 @@ def test_the_scheme_of_qwen_with_rows_in_one_file(engram, tmp_path, text):
         (("--tables", "nowhere"), ("nowhere",)),
         (("--chunk", "100000"), ("tokens, and", "would be read: lower --chunk")),
         (("--cache", "8 pounds"), ("'8 pounds' is no size", "as in '8GB'")),
-        (("--cache", "1kB"), ("A cache of 1,000 bytes is too small: give",)),
+        (("--cache", "1kB", "--rows", "6000"), ("A cache of 1,000 bytes is too small: give",)),
         (("--cache", "8GB", "--placement", "device"), ("other placements than device", "leave it out")),
         (("--device", "gpu"), ("no device 'gpu'", "use 'cpu' or 'cuda'")),
     ],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,25 @@ from torch import Tensor
 
 from torch_engram.memory import MemoryBank, Tokens, open_bank, save_bank
 from torch_engram.optim import RowAdam
-from torch_engram.stores import CODECS
+from torch_engram.stores import (
+    CODECS,
+    CachedStore,
+    DeviceStore,
+    DiskStore,
+    FileRows,
+    HostStore,
+    LoadedStore,
+    Plane,
+    RecordLayout,
+    SharedHostStore,
+    Store,
+    WritableStore,
+    cached,
+    make_keys,
+)
+from torch_engram.stores.codecs import VALUE_CODECS
 from torch_engram.stores.named_tables import find_tables
+from torch_engram.stores.slots import WAYS
 from torch_engram.stores.synthetic import synthesise
 from torch_engram.stores.tensor_files import tensors_in
 
@@ -38,8 +56,11 @@ def make_files(folder: Path, bank: MemoryBank, layout: str, codec: str, shards: 
             file.rename(folder / f"{table.layer}-{file.name}")
 
 
-def rows_by_library(folder: Path) -> dict[int, Tensor]:
-    """The rows of every layer in fp32."""
+Parts = tuple[Tensor, ...]
+
+
+def parts_by_library(folder: Path) -> dict[int, tuple[str, Parts]]:
+    """The codec of every layer's table, and what its files hold: values, and scales where there are any."""
     found = {}
     for number, table in enumerate(find_tables(tensors_in(folder))):
         content: dict[str, Tensor] = {}
@@ -54,8 +75,13 @@ def rows_by_library(folder: Path) -> dict[int, Tensor]:
         parts = [torch.cat([content[name] for name in names])]
         if table.scales:
             parts.append(content[table.name.removesuffix("weight") + "scale"])
-        found[table.layer if table.layer is not None else number + 1] = CODECS[table.codec].decode(tuple(parts))
+        found[table.layer if table.layer is not None else number + 1] = table.codec, tuple(parts)
     return found
+
+
+def rows_by_library(folder: Path) -> dict[int, Tensor]:
+    """The rows of every layer in fp32."""
+    return {layer: CODECS[codec].decode(parts) for layer, (codec, parts) in parts_by_library(folder).items()}
 
 
 def expected_embeddings(bank: MemoryBank, rows: dict[int, Tensor], tokens: Tokens, layer: int) -> Tensor:
@@ -83,6 +109,113 @@ def test_one_memory_under_every_placement(
                 expected = expected_embeddings(make_bank(config), rows, on_host, layer)
                 assert torch.equal(memory.wait(layer)["engram"].cpu(), expected)
                 assert torch.equal(ahead[0].wait(layer)["engram"].cpu(), expected)
+
+
+# -- every store, codec and cache --------------------------------------------------------------------------------------
+
+WIDTH = 33
+ONE_LAYER = {"layers": (1,), "row_dim": WIDTH}
+STORES = [*PLACEMENTS, "writable-host", "writable-device"]
+CACHES = ["none", "tiny", "large"]
+
+
+@dataclass(frozen=True)
+class Files:
+    """A table of one codec in a file, and what is in it, read by the library alone."""
+
+    folder: Path
+    codec: str
+    parts: Parts
+    reads: list[tuple[Tokens, Tensor]]
+    """Tokens, and the embeddings that their rows make."""
+
+    def records(self, layout: RecordLayout) -> Tensor:
+        """All rows, encoded: the components side by side, and a count of 1 where a record has one."""
+        records = layout.empty(len(self.parts[0]))
+        parts = iter(self.parts)
+        for field in layout.fields:
+            layout.view(records, field).copy_(next(parts) if field.plane == "value" else torch.ones(1))
+        return records
+
+
+@pytest.fixture(scope="module", params=VALUE_CODECS)
+def files(request: pytest.FixtureRequest, make_bank: Make, tmp_path_factory: pytest.TempPathFactory) -> Files:
+    folder, bank = tmp_path_factory.mktemp(request.param) / "tables", make_bank(ONE_LAYER)
+    make_files(folder, bank, "plain", request.param, 1)
+    generator, reads = torch.Generator().manual_seed(7), []
+    for shape in ((2, 30), (1, 1), (3, 25), (2, 30)):
+        masks = [torch.rand(shape, generator=generator) < share for share in (0.2, 0.8)]
+        tokens = Tokens(torch.randint(40, shape, generator=generator), *masks)
+        reads.append((tokens, expected_embeddings(bank, rows_by_library(folder), tokens, 1)))
+    ((codec, parts),) = parts_by_library(folder).values()
+    return Files(folder, codec, parts, [*reads, reads[0]])
+
+
+def size_of(cache: str, least: int) -> int | None:
+    """Bytes of a cache whose least size is one set for each kind of entry."""
+    return {"none": None, "tiny": least, "large": 100 * least}[cache]
+
+
+def require_counts(cache: str, counts: Mapping[Any, Mapping[str, int]]) -> None:
+    """A tiny cache has thrown entries out all the time, a large one has kept what it was asked for again."""
+    total = {name: sum(line[name] for line in counts.values()) for name in ("hits", "evictions", "overflow")}
+    lost = total["evictions"] + total["overflow"]
+    assert {"none": not counts, "tiny": lost > 50, "large": total["hits"] > 50 and not lost}[cache], total
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("where", STORES)
+def test_embeddings_of_every_store_codec_and_cache(
+    make_bank: Make, files: Files, device: torch.device, where: str, cache: str
+) -> None:
+    writable = where.startswith("writable-")
+    rows: dict[str, Any] = {"codec": files.codec} if writable else {"tables": files.folder}
+    placement = where.removeprefix("writable-")
+    record = RecordLayout((Plane("value", WIDTH, files.codec), Plane("count", 1, "int32")))
+    size = size_of(cache, 2 * WAYS * (2 * record.nbytes + 12))  # two orders of two heads
+    bank = make_bank(ONE_LAYER, placement=placement, cache=size, device=device, **rows)
+    (table,) = bank.tables
+    store = bank.source(table).store
+    if isinstance(store, WritableStore):
+        store.write(make_keys(0, torch.arange(table.rows)).to(device), files.records(store.layout).to(device))
+        bank.flush()
+    assert isinstance(store, WritableStore) == writable
+    for tokens, expected in files.reads:
+        assert torch.equal(bank.read(tokens).wait(1)["engram"].cpu(), expected)
+    require_counts(cache, bank.cache_counts())
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("where", STORES)
+def test_records_of_every_store_codec_and_cache(files: Files, where: str, cache: str) -> None:
+    """By row, as the rows of a memory that is trained are cached."""
+    (named,) = find_tables(tensors_in(files.folder))
+    tables, cpu = {0: FileRows.of(named)}, torch.device("cpu")
+    layout = tables[0].layout
+    store: Store
+    match where:
+        case "host":
+            store = SharedHostStore(tables, layout)
+        case "device":
+            store = LoadedStore(tables, layout, cpu)
+        case "writable-host":
+            store = HostStore(layout, {0: named.rows}, pinned=False)
+        case "writable-device":
+            store = DeviceStore(layout, {0: named.rows}, cpu)
+        case _:
+            store = DiskStore(tables, direct=where == "disk-direct")
+    size = size_of(cache, WAYS * (layout.nbytes + 12))
+    front = store if size is None else cached(store, size, cpu)
+    every = files.records(layout)
+    if isinstance(front, WritableStore):
+        for rows in torch.randperm(named.rows).split(17):
+            front.write(rows, every[rows])
+        front.flush()
+    for _ in range(20):
+        rows = torch.randint(named.rows, (int(torch.randint(1, 40, ())),)).unique()
+        assert torch.equal(front.fetch(rows), every[rows])
+    if isinstance(front, CachedStore):
+        require_counts(cache, front.counts())
 
 
 @pytest.mark.parametrize("codec", ["fp32", "bf16", "fp16", "int8"])

@@ -94,14 +94,14 @@ def compare_random(
     compare(engram, [streams, keys_value], masks, rtol=1e-3 if dtype == torch.float32 else 2e-2)
 
 
-@settings(max_examples=5, phases=(Phase.explicit, Phase.generate))  # an example takes too long to shrink
+@settings(max_examples=3, phases=(Phase.explicit, Phase.generate))  # an example takes too long to shrink
 @given(
     fusion=st.sampled_from(("paper", "deepseek-v4.1", "qwen-ple")), branches=st.integers(1, 4),
     hidden=st.integers(1, 130), taps=st.sampled_from((0, 2, 3, 4)), order=st.integers(2, 4), batch=st.integers(1, 3),
-    tokens=st.integers(1, 70), masked=st.booleans(), seed=st.integers(0, 99),
+    tokens=st.integers(1, 45), masked=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
-@example(fusion="paper", branches=4, hidden=65, taps=4, order=3, batch=2, tokens=67, masked=True, seed=0)
-@example(fusion="qwen-ple", branches=4, hidden=65, taps=4, order=3, batch=2, tokens=37, masked=True, seed=0)
+@example(fusion="paper", branches=4, hidden=65, taps=4, order=3, batch=2, tokens=37, masked=True, seed=0)
+@example(fusion="qwen-ple", branches=4, hidden=65, taps=4, order=3, batch=1, tokens=37, masked=True, seed=0)
 @example(fusion="paper", branches=1, hidden=64, taps=4, order=3, batch=1, tokens=64, masked=False, seed=0)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_the_naive_form(
@@ -123,13 +123,13 @@ def test_rows_cross_documents_and_sequences(
 ) -> None:
     monkeypatch.setattr(EngramConfig, "conv_dilation", dilation)
     torch.manual_seed(0)
-    compare_random(make(branches=3, hidden=200), 3, tokens, torch.float32, True, starts)
+    compare_random(make(branches=3, hidden=130), 2, tokens, torch.float32, True, starts)
 
 
 def test_rows_as_long_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     torch.manual_seed(0)
-    compare_random(make(branches=2, hidden=12), 2, 110, torch.float32, True)
+    compare_random(make(branches=2, hidden=12, conv_kernel=2), 1, 110, torch.float32, True)
 
 
 @pytest.mark.gpu

@@ -21,7 +21,7 @@ from torch_engram.stores import decoded
 Make = Callable[..., MemoryBank]
 Records = Callable[[MemoryBank], list[Tensor]]
 BY_ORDER = dict(row_dim=(3, 5), heads=(2, 3))
-STEPS = 60
+STEPS = 45
 
 
 def batches(steps: int = STEPS) -> list[list[Tokens]]:
@@ -87,7 +87,7 @@ def test_embeddings_are_exact_at_any_depth(
     make_bank: Make, every_record: Records, stores: dict[str, Any], where: str, codec: str, dtype: torch.dtype
 ) -> None:
     runs = []
-    for depth in range(4):
+    for depth in (0, 1, 3):
         bank = make_bank(
             BY_ORDER, optimizer=lambda p: RowAdam(p, lr=0.05), codec=codec, dtype=dtype, placement=stores[where]
         )
@@ -95,14 +95,13 @@ def test_embeddings_are_exact_at_any_depth(
     assert all(same(run, runs[0]) for run in runs[1:])
 
 
-@pytest.mark.parametrize("optimizer", ROW_OPTIMIZERS)
-@pytest.mark.parametrize("codec", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer, codec", [("adam", "bf16"), ("rowwise_adam", "fp32")])
 def test_the_kernels_are_exact_at_any_depth_and_near_their_twins(
     make_kernel_bank: Make, make_bank: Make, every_record: Records, device: torch.device, optimizer: str, codec: str
 ) -> None:
     if device.type == "cpu" and torch.cuda.is_available():
         pytest.skip("compiled kernels take tensors of the GPU alone")
-    data, runs = batches(8 if device.type == "cpu" else STEPS), []
+    data, runs = batches(5 if device.type == "cpu" else STEPS), []
     options: dict[str, Any] = dict(optimizer=lambda p: ROW_OPTIMIZERS[optimizer](p, lr=0.05), codec=codec)
     for depth in (0, 1, 3):
         bank = make_kernel_bank(BY_ORDER, device=device, **options)

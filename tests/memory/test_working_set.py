@@ -272,7 +272,7 @@ def test_nothing_accumulates_over_steps(make_bank: Make, stores: dict[str, Any])
         bank = make_bank(optimizer=RowAdam, placement=stores[placement])
         leaves, logs = [], []
         ahead = [bank.prefetch(ids()) for _ in range(3)]
-        for number in range(200):
+        for number in range(100):
             ahead.append(bank.prefetch(ids()))
             step = ahead.pop(0)
             backward(step)
@@ -285,7 +285,7 @@ def test_nothing_accumulates_over_steps(make_bank: Make, stores: dict[str, Any])
         del step
         assert [leaf for leaf in leaves if leaf() is not None] == []
         bank.flush()
-        assert max(logs) <= 2 * (20 + 4)  # two tables: what no flush and no reader has seen, not all 200 steps
+        assert max(logs) <= 2 * (20 + 4)  # two tables: what no flush and no reader has seen, not all 100 steps
         while ahead:
             ahead.pop().discard()
         assert all(not source._readers for source in bank._sources)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch_engram.models.hyper import HyperConnection, read_naive, write_naive
 from torch_engram.models.hyper_fused import read_fused, write_fused
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SIZES = [(1, 1, 2, 3), (2, 5, 4, 16), (1, 33, 3, 70), (3, 7, 4, 129), (1, 3, 8, 24), (1, 2, 5, 300)]
+SIZES = [(1, 1, 2, 3), (2, 5, 4, 16), (1, 33, 3, 70), (3, 3, 4, 129), (1, 3, 8, 24), (1, 2, 5, 300)]
 BF16 = dict(rtol=2**-6, atol=2**-6)
 
 
@@ -51,9 +52,14 @@ def both_ways(read: Callable, write: Callable, inputs: tuple[Tensor, ...], itera
     return [got, h_res, h_post, written, *torch.autograd.grad(written, inputs, grad)]
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("iterations", [1, 20])
+@pytest.mark.parametrize(
+    "size, dtype, iterations",
+    [
+        *product(SIZES, (torch.float32,), (1, 20)),  # streams of any type are mixed in fp32: the count is for it alone
+        *product(SIZES, (torch.bfloat16,), (20,)),
+        *product(SIZES[3:4], (torch.float16,), (20,)),  # read and written as bf16 is
+    ],
+)
 def test_equals_the_twin(size: tuple[int, int, int, int], dtype: torch.dtype, iterations: int) -> None:
     inputs = leaves(size, dtype)
     exact = both_ways(read_naive, write_naive, tuple(x.detach().float().requires_grad_() for x in inputs), iterations)
@@ -70,7 +76,7 @@ def test_equals_the_twin(size: tuple[int, int, int, int], dtype: torch.dtype, it
 @pytest.mark.parametrize("branches", [2, 4, 7])
 def test_parameters_of_mixing_are_exact_in_bf16(branches: int) -> None:
     """Streams in bf16 are exact; weights and gradients of coefficients are no bf16 numbers and do not become such."""
-    streams, _, *parameters = leaves((2, 70, branches, 40), torch.bfloat16)
+    streams, _, *parameters = leaves((2, 70 if DEVICE.type == "cuda" else 9, branches, 40), torch.bfloat16)
     grads = []
     for read, inputs in ((read_fused, streams), (read_naive, streams.detach().float())):
         _, h_res, h_post, *_ = read(inputs, *parameters, 20, 1e-6)
@@ -98,7 +104,7 @@ def test_columns_of_very_different_size(logits: list[float]) -> None:
 @pytest.mark.parametrize("branches", [2, 4, 8])
 def test_far_from_balanced(branches: int) -> None:
     """Weights up to e**40 apart: neither factors nor their gradients leave fp32's range."""
-    streams, output, weight, strength, static = leaves((1, 9, branches, 8), torch.float32)
+    streams, output, weight, strength, static = leaves((1, 5, branches, 8), torch.float32)
     with torch.no_grad():
         static[2 * branches :] = 40 * torch.rand(branches**2, device=DEVICE)
     inputs = streams, output, weight, strength, static
@@ -119,7 +125,7 @@ def test_what_is_read_and_never_written_has_a_gradient() -> None:
 
 
 def test_bits_repeat() -> None:
-    inputs = leaves((2, 100, 4, 24), torch.float32)
+    inputs = leaves((2, 100 if DEVICE.type == "cuda" else 9, 4, 24), torch.float32)  # the interpreter runs in order
     first, second = (both_ways(read_fused, write_fused, inputs, 20) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

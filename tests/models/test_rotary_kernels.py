@@ -57,8 +57,13 @@ def both_ways(function: Callable, inputs: list[Tensor], angles: list[Tensor], he
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("laid", "shared"), [("contiguous", True), ("transposed", False), ("last", False)])
+@pytest.mark.parametrize(
+    ("dtype", "laid", "shared"),
+    [
+        (torch.float32, "contiguous", True), (torch.float32, "transposed", False), (torch.float32, "last", False),
+        (torch.bfloat16, "transposed", False),
+    ],
+)  # fmt: skip
 def test_equals_the_twin(size: tuple[int, ...], dtype: torch.dtype, shared: bool, laid: str, poisoned: None) -> None:
     """In bf16 within one rounding of the twin in fp32, to which every head is as large as its scale."""
     inputs, angles = leaves(size, dtype, 1 if shared else size[0])
@@ -88,7 +93,7 @@ def test_values_are_a_view_and_strided_inputs_are_taken() -> None:
 
 
 def test_bits_repeat_and_results_may_go_unused() -> None:
-    inputs, angles = leaves((3, 70, 4, 2, 64), torch.float32, 3)
+    inputs, angles = leaves((3, 70 if DEVICE.type == "cuda" else 9, 4, 2, 64), torch.float32, 3)
     first, second = (both_ways(turn_fused, inputs, angles, 4, "transposed") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     got, expected = (

@@ -40,13 +40,22 @@ def test_recompute_changes_no_bit(make_trainer, state_of, assert_same, lines_of)
     assert lines_of(kept) == lines_of(again)
 
 
-@pytest.mark.parametrize("table", [{"prefetch": 1}, {"prefetch": 3}, {"placement": "host"}, {"prefetch": 9}])
-def test_prefetch_and_placement_change_no_bit(make_trainer, state_of, assert_same, lines_of, table):
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"prefetch": 1}, {"prefetch": 9}, {"placement": "host"}, {"placement": "host", "cache": "1MB"},
+        {"placement": "host", "cache": "2kB", "prefetch": 3},  # one set, which throws rows out at every step
+    ],
+)  # fmt: skip
+def test_prefetch_placement_and_cache_change_no_bit(make_trainer, state_of, assert_same, lines_of, table):
     plain, other = make_trainer(name="plain"), make_trainer(name="other", table=table)
     plain.run()
     other.run()
     assert_same(state_of(plain), state_of(other))
     assert lines_of(plain) == lines_of(other)
+    counts = [line for bank in other.banks.values() for line in bank.cache_counts().values()]
+    assert bool(counts) == ("cache" in table) and all(line["hits"] > 0 for line in counts)
+    assert any(line["evictions"] + line["overflow"] for line in counts) == (table.get("cache") == "2kB")
 
 
 def test_prefetch_really_runs_ahead_but_not_past_the_end(make_trainer):

@@ -25,11 +25,11 @@ def test_resume_continues_bit_for_bit(make_trainer, run_steps, state_of, assert_
     assert lines_of(resumed) == lines_of(whole)
 
 
-def test_resume_under_another_prefetch_and_placement_changes_no_bit(make_trainer, run_steps, state_of, assert_same):
+def test_resume_with_rows_elsewhere_and_another_prefetch_changes_no_bit(make_trainer, run_steps, state_of, assert_same):
     whole = make_trainer(name="whole")
     whole.run()
     run_steps(make_trainer(table={"prefetch": 3}), 3)
-    resumed = make_trainer(table={"prefetch": 1, "placement": "host"}, resume_run=True)
+    resumed = make_trainer(table={"prefetch": 1, "placement": "host", "cache": "2kB"}, resume_run=True)
     resumed.run()
     assert_same(state_of(resumed), state_of(whole))
 

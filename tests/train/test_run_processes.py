@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from torch_engram.train import Recipe, Trainer
+from torch_engram.train import Progress, Recipe, Trainer
 from torch_engram.train.checkpoint import checkpoints
 from torch_engram.train.metrics import read_metrics
 
@@ -89,7 +89,30 @@ def test_kill_9_at_random_moments(make_recipe, make_trainer, state_of, assert_sa
     assert lines_of(resumed) == lines_of(whole)
 
 
-Start = Callable[[], subprocess.Popen[str]]
+Start = Callable[[list[str]], subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts processes that heed Ctrl-C, even where this one ignores it, as under nohup; none outlives its test."""
+    started = []
+
+    def begin(command: list[str]) -> subprocess.Popen[str]:
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # one that is ignored is inherited so
+        try:
+            started.append(
+                subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=child_environment()
+                )
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture
@@ -112,11 +135,9 @@ def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen[str]) -> 
     pytest.fail("the run does not get anywhere")
 
 
-def test_ctrl_c_saves_says_where_and_resumes_bit_for_bit(command, tmp_path, state_of, assert_same):
+def test_ctrl_c_saves_says_where_and_resumes_bit_for_bit(start, command, tmp_path, state_of, assert_same):
     folder = tmp_path / "runs" / "tiny"
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=child_environment()
-    )
+    process = start(command)
     wait_for_steps(folder, 3, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -137,17 +158,14 @@ def test_ctrl_c_saves_says_where_and_resumes_bit_for_bit(command, tmp_path, stat
     assert_same(state_of(resumed), state_of(whole))
 
 
-def test_a_second_ctrl_c_ends_at_once(command, tmp_path):
+def test_a_second_ctrl_c_ends_at_once(start, command, tmp_path):
     """The first one is still at work here: with a step that never ends, it would never come to save."""
     folder = tmp_path / "runs" / "tiny"
     slow = "import time, torch_engram.train.loop as loop; step = loop.Trainer.train_step\n" + (
         "def endless(trainer):\n    if trainer.step >= 2: time.sleep(1000)\n    return step(trainer)\n"
         "loop.Trainer.train_step = endless\nfrom torch_engram.cli import main; main()"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow, *command[1:]],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=child_environment(),
-    )  # fmt: skip
+    process = start([sys.executable, "-c", slow, *command[1:]])
     wait_for_steps(folder, 2, process)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
@@ -171,14 +189,15 @@ except ValueError as error:
 """
     said = []
 
-    def watch(progress: object) -> None:
-        command = [sys.executable, "-c", program, json.dumps(recipe.to_dict())]
-        said.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
+    def watch(progress: Progress) -> None:
+        if progress.step == 2:
+            command = [sys.executable, "-c", program, json.dumps(recipe.to_dict())]
+            said.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
 
     trainer = Trainer(recipe)
     trainer.run(watch)
     folder = Path(recipe.out) / recipe.name
-    assert said == 3 * [f"Another process trains in {folder}: wait for it, or set another name= or out=."]
+    assert said == [f"Another process trains in {folder}: wait for it, or set another name= or out=."]
     assert [line["step"] for line in read_metrics(folder)][-1] == 3
 
 

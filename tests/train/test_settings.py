@@ -131,6 +131,7 @@ def test_widths_follow():
         ("schedule=cosinus", "Recipe.schedule is 'cosinus': did you mean 'cosine'?"),
         ("tracker=tensorbord", "Recipe.tracker is 'tensorbord': did you mean 'tensorboard'?"),
         ("table.optimizer=adams", "TableRecipe.optimizer is 'adams': did you mean 'adam'?"),
+        ("table.cache=8GB", "TableRecipe.cache is '8GB': it is for rows on the host: set table.placement=host."),
         ("table.prefetch=-1", "TableRecipe.prefetch is -1: it must not be negative."),
         ("table.lr=-0.1", "TableRecipe.lr is -0.1: it must not be negative."),
         ("rates.matrices=-1", "Rates.matrices is -1.0: it must not be negative."),
@@ -148,6 +149,12 @@ def test_a_mistake_names_the_field_and_the_mend(setting, complaint):
 def test_an_unknown_recipe_has_a_nearest_one():
     with pytest.raises(ValueError, match="There is no recipe 'small-engrm': did you mean 'small-engram'"):
         get_recipe("small-engrm")
+
+
+def test_a_cache_is_a_size() -> None:
+    assert change(get_recipe("tiny"), ["table.placement=host", "table.cache=2MiB"]).table.cache == "2MiB"
+    with pytest.raises(ValueError, match="'much' is no size"):
+        change(get_recipe("tiny"), ["table.placement=host", "table.cache=much"])
 
 
 def test_a_codec_that_loses_updates_is_no_recipes() -> None:

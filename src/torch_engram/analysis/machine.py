@@ -1,15 +1,16 @@
 """The machine that a memory is placed on: what it has free, and how fast it moves bytes.
 
-What is free here can be found out. Rates are not probed: they are the user's, or those of a machine that was measured.
+What is free here is found out. Rates are not: they are the user's, those of a machine that was measured once, or what
+:mod:`torch_engram.bench.rates` measures.
 """
 
 from __future__ import annotations
 
-import re
 import shutil
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch_engram.free_memory import free_memory
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Machine:
     hbm: int
     """Bytes of GPU memory; 0 without a GPU."""
     ram: int
-    disk: int
+    disk: int | None
+    """None for a disk with room for whatever is placed there."""
     bus: float = 54.9e9
     """Bytes a second of copies from pinned memory to the GPU."""
     host_gather: float = 16.1e9
@@ -45,35 +47,12 @@ def free_hbm() -> int:
     return int(torch.cuda.mem_get_info(0)[0]) if torch.cuda.is_available() else 0
 
 
-def free_ram(root: Path = Path("/")) -> int:
-    """Bytes of memory that a process may take: what the system has available, or a limit of its control groups where
-    that is less. Raises ``ValueError`` where the system does not say."""
-    try:
-        meminfo = (root / "proc/meminfo").read_text()
-        available = int(re.findall(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE)[0]) * 1024
-    except (OSError, IndexError):
-        raise ValueError("This system does not say how much memory is free: give --ram.") from None
-    return min(available, *_limits(root))
-
-
-def _limits(root: Path) -> list[int]:
-    """The memory limits of this process's control groups and of those above them, of either version."""
-    try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        groups = []
-    limits = [2**63]
-    for line in groups:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        mount = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-        file = "memory.limit_in_bytes" if controllers else "memory.max"
-        own = Path(path.lstrip("/"))
-        for group in (own, *own.parents):
-            with suppress(OSError, ValueError):  # no such group in this view, or "max"
-                limits.append(int((mount / group / file).read_text()))
-    return limits
+def free_ram() -> int:
+    """Bytes of memory that a process may take. Raises ``ValueError`` where the system does not say."""
+    found = free_memory()
+    if found is None:
+        raise ValueError("This system does not say how much memory is free: give --ram.")
+    return found
 
 
 def free_disk(folder: Path) -> int:

@@ -142,7 +142,7 @@ def placements(tables: Tables, cache: int, machine: Machine, demands: Mapping[st
     """Device, host and disk, the fastest first."""
     cached = ("GPU memory", machine.hbm) if machine.hbm else ("RAM", machine.ram)
     front = [("a cache", cache, *cached)] if cache else []
-    needs = {
+    needs: dict[str, list[tuple[str, int, str, int | None]]] = {
         "device": [("tables", tables.nbytes, "GPU memory", machine.hbm)],
         "host": [("tables", tables.nbytes, "RAM", machine.ram), *(front if machine.hbm else [])],
         "disk": [("tables", tables.nbytes, "disk", machine.disk), *front],
@@ -150,9 +150,11 @@ def placements(tables: Tables, cache: int, machine: Machine, demands: Mapping[st
     return [
         Placement(
             name,
-            all(size <= free for _, size, _, free in wanted),
+            all(free is None or size <= free for _, size, _, free in wanted),
             "; ".join(
-                f"{what} of {gigabytes(size)} in {gigabytes(free)} of {where}" for what, size, where, free in wanted
+                f"{what} of {gigabytes(size)} "
+                + (f"in {gigabytes(free)} of {where}" if free is not None else "on a disk that has room")
+                for what, size, where, free in wanted
             ),
             {way: cost(name, tables, machine, demand) for way, demand in demands.items()},
         )

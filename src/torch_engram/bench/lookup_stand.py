@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from torch_engram.addressing import CanonicalVocab
+from torch_engram.bench.excerpts import Excerpts, Mode
 from torch_engram.bench.limits import limit_of, limits
 from torch_engram.bench.lookup_tables import row_bytes, scaled
-from torch_engram.bench.lookups import Excerpts, LookupTimes, Mode, require_right, time_lookups, warm_cache
+from torch_engram.bench.lookups import LookupTimes, require_right, time_lookups, warm_cache
 from torch_engram.config import EngramConfig, nearest
 from torch_engram.data.tokenizers import end_token_id
 from torch_engram.memory import MemoryBank

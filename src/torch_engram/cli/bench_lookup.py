@@ -13,94 +13,88 @@ from torch_engram.cli.tables import print_whole
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
     from rich.console import Console
 
     from torch_engram.bench.lookup_stand import LookupStand
     from torch_engram.bench.lookups import LookupTimes
+    from torch_engram.config import EngramConfig
+    from torch_engram.stores.named_tables import NamedTable
+
+
+TablesAt = Annotated[Path | None, typer.Option(help="Files of a table; without them, tables of random rows are made.")]
+Rows = Annotated[
+    int | None,
+    typer.Option(min=1, max=1 << 40, help="Rows a layer to make; by default 2 GB in all, if there is room."),
+]
+Codec = Annotated[
+    str | None, typer.Option(help="fp32, bf16, fp16, fp8 or int8, of rows to make; by default the preset's.")
+]
+Keep = Annotated[
+    Path | None, typer.Option(help="Make the tables here and leave them, for --tables; else beside --out and not.")
+]
+Preset = Annotated[str, typer.Option(help="Whose columns and scheme; scaled to the rows there are.")]
+Layers = Annotated[
+    list[int] | None, typer.Option("--layers", metavar="LAYER", help="A layer; repeatable. By default all.")
+]
+Placements = Annotated[
+    list[str] | None,
+    typer.Option("--placement", metavar="NAME", help="disk, disk-direct, host or device; repeatable. By default all."),
+]
+TextAt = Annotated[str, typer.Option(help="A text file, a folder or the name of a dataset.")]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="A tokenizer.json, its folder or a model's name; by default trained on the text.")
+]
+TextCache = Annotated[Path, typer.Option(help="Where the tokenised text is kept.")]
+Cache = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="A cache in front of all but device, such as 8GB; by default none.")
+]
+Warm = Annotated[
+    int, typer.Option(min=0, help="Tokens that fill the cache first, of the text before that which is timed.")
+]
+Chunk = Annotated[int, typer.Option(min=2, help="Tokens of a prefill read.")]
+Chunks = Annotated[int, typer.Option(min=0, help="Prefill reads that are timed.")]
+Sequences = Annotated[
+    list[int] | None, typer.Option(min=1, help="Sequences of a decode read; repeatable. By default 1 and 512.")
+]
+Steps = Annotated[int, typer.Option(min=0, help="Decode reads that are timed, for each number of sequences.")]
+Cold = Annotated[bool, typer.Option("--cold", help="Drop what memory keeps of the files before every read.")]
+Device = Annotated[str | None, typer.Option(help="cuda or cpu; by default cuda where there is one.")]
 
 
 def lookup(
-    tables: Annotated[
-        Path | None, typer.Option(help="Files of a table; without them, tables of random rows are made.")
-    ] = None,
-    rows: Annotated[
-        int | None,
-        typer.Option(min=1, max=1 << 40, help="Rows a layer to make; by default 2 GB in all, if there is room."),
-    ] = None,
-    codec: Annotated[
-        str | None, typer.Option(help="fp32, bf16, fp16, fp8 or int8, of rows to make; by default the preset's.")
-    ] = None,
-    keep: Annotated[
-        Path | None, typer.Option(help="Make the tables here and leave them, for --tables; else beside --out and not.")
-    ] = None,
-    preset: Annotated[
-        str, typer.Option(help="Whose columns and scheme; scaled to the rows there are.")
-    ] = "deepseek-v4.1",
-    layers: Annotated[
-        list[int] | None, typer.Option("--layers", metavar="LAYER", help="A layer; repeatable. By default all.")
-    ] = None,
-    placements: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--placement", metavar="NAME", help="disk, disk-direct, host or device; repeatable. By default all."
-        ),
-    ] = None,
-    text: Annotated[str, typer.Option(help="A text file, a folder or the name of a dataset.")] = "demo",
-    tokenizer: Annotated[
-        str | None, typer.Option(help="A tokenizer.json, its folder or a model's name; by default trained on the text.")
-    ] = None,
-    text_cache: Annotated[Path, typer.Option(help="Where the tokenised text is kept.")] = Path("runs/cache"),
-    cache: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="A cache in front of all but device, such as 8GB; by default none."),
-    ] = None,
-    warm: Annotated[
-        int, typer.Option(min=0, help="Tokens that fill the cache first, of the text before that which is timed.")
-    ] = 250_000,
-    chunk: Annotated[int, typer.Option(min=2, help="Tokens of a prefill read.")] = 8192,
-    chunks: Annotated[int, typer.Option(min=0, help="Prefill reads that are timed.")] = 12,
-    sequences: Annotated[
-        list[int] | None, typer.Option(min=1, help="Sequences of a decode read; repeatable. By default 1 and 512.")
-    ] = None,
-    steps: Annotated[int, typer.Option(min=0, help="Decode reads that are timed, for each number of sequences.")] = 200,
-    cold: Annotated[
-        bool, typer.Option("--cold", help="Drop what memory keeps of the files before every read.")
-    ] = False,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; by default cuda where there is one.")] = None,
-    out: Out = Path("engram-bench"),
-) -> None:
+    tables: TablesAt = None, rows: Rows = None, codec: Codec = None, keep: Keep = None,
+    preset: Preset = "deepseek-v4.1", layers: Layers = None, placements: Placements = None,
+    text: TextAt = "demo", tokenizer: Tokenizer = None, text_cache: TextCache = Path("runs/cache"),
+    cache: Cache = None, warm: Warm = 250_000, chunk: Chunk = 8192, chunks: Chunks = 12, sequences: Sequences = None,
+    steps: Steps = 200, cold: Cold = False, device: Device = None, out: Out = Path("engram-bench"),
+) -> None:  # fmt: skip
     """Read a table's rows for natural text, prefill and decode: times and rates, against limits of this machine.
 
     For example: engram bench lookup --tables shards/ --placement disk --placement host --text my_text.txt --cold
     """
     import tempfile
 
-    import torch
     from rich.console import Console
 
+    from torch_engram.bench.excerpts import Excerpts, modes
     from torch_engram.bench.lookup_stand import LookupStand, choose_placements, config_for, read_text
-    from torch_engram.bench.lookup_tables import choose_layers, synthesise_layers, tables_at
-    from torch_engram.bench.lookups import Excerpts, modes, require_cold
+    from torch_engram.bench.lookups import require_cold
     from torch_engram.bench.results import require_writable
-    from torch_engram.sizes import parse_size
-    from torch_engram.train.build import require_device
 
-    console = Console()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    require_device(device)
+    on = _device(device)
     if tables is not None and (rows or codec or keep):
         raise ValueError("--rows, --codec and --keep are of tables to make: leave them out, or leave out --tables.")
     if cold:
         require_cold()
-    if not chunks and not steps:
+    wanted = modes(chunk, chunks, sequences or [1, 512], steps)
+    if not wanted:
         raise ValueError("With --chunks 0 and --steps 0 nothing is read: leave out one of them.")
-    chosen = choose_placements(placements or [], device)
-    budget = None if cache is None else parse_size(cache)
-    if budget is not None and chosen == ["device"]:
-        raise ValueError("--cache stands in front of other placements than device: leave it out, or name another.")
+    chosen = choose_placements(placements or [], on.type)
+    budget = _cache_bytes(cache, chosen)
     require_writable(out)  # now, and not after all was timed
     there = next(path for path in out.absolute().parents if path.exists())  # /tmp may be memory
-    wanted = modes(chunk, chunks, sequences or [1, 512], steps)
+    console = Console()
     with (
         console.status("Reading the text") as status,
         tempfile.TemporaryDirectory(prefix="engram-tables-", dir=there) as beside,
@@ -108,19 +102,51 @@ def lookup(
         content = read_text(text, tokenizer, text_cache)
         excerpts = Excerpts(content.files.train, wanted, warm if budget else 0)
         config = config_for(preset, content, layers or [])
-        if tables is None:
-            status.update("Making tables of random rows")
-            found = synthesise_layers(keep or Path(beside), config, rows, codec)
-        else:
-            found = choose_layers(tables_at(tables, config.layers[0]), layers or [])
+        status.update("Opening the tables" if tables else "Making tables of random rows")
+        found = _tables(tables, keep or Path(beside), config, layers or [], rows, codec)
         status.update("Measuring what this machine could do")
-        stand = LookupStand(found, config, content.vocab, torch.device(device), cold, budget)
+        stand = LookupStand(found, config, content.vocab, on, cold, budget)
         timed = []
         for placement in chosen:
             fills = budget is not None and placement != "device"
             status.update(f"{'Filling a cache, then timing' if fills else 'Timing'} {placement}")
             timed += stand.time(placement, wanted, excerpts)
-    described, notes = stand.describe(excerpts.warm), stand.notes(excerpts.warm)
+    _report(console, out, stand, timed, excerpts.warm, text)
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    from torch_engram.train.build import require_device
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    require_device(name)
+    return torch.device(name)
+
+
+def _cache_bytes(cache: str | None, placements: Sequence[str]) -> int | None:
+    from torch_engram.sizes import parse_size
+
+    if cache is not None and placements == ["device"]:
+        raise ValueError("--cache stands in front of other placements than device: leave it out, or name another.")
+    return None if cache is None else parse_size(cache)
+
+
+def _tables(
+    given: Path | None, folder: Path, config: EngramConfig, layers: Sequence[int], rows: int | None, codec: str | None
+) -> dict[int, NamedTable]:
+    """By layer: those that are given, or made in ``folder``."""
+    from torch_engram.bench.lookup_tables import choose_layers, synthesise_layers, tables_at
+
+    if given is None:
+        return synthesise_layers(folder, config, rows, codec)
+    return choose_layers(tables_at(given, config.layers[0]), layers)
+
+
+def _report(
+    console: Console, out: Path, stand: LookupStand, timed: Sequence[LookupTimes], warmed: int, text: str
+) -> None:
+    described, notes = stand.describe(warmed), stand.notes(warmed)
     _show(console, stand, timed, [f"Microseconds a read. {described}.", *notes])
     _write(out, stand, timed, f"{described} text={text}", notes)
     console.print(f"Wrote {out / 'lookup.csv'} and {out / 'lookup.html'}.", soft_wrap=True)

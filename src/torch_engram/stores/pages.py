@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from torch_engram.free_memory import free_memory
+
 Bytes = NDArray[np.uint8]
 HUGE = 2 << 20
 _MAP_FIXED, _MADV_HUGEPAGE, _MADV_COLLAPSE, _INTERLEAVE = 0x10, 14, 25, 3
 _MBIND = {"x86_64": 237, "aarch64": 235}
 _PIECE = 64 << 20
-_MEMORY, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 _NODES = Path("/sys/devices/system/node/has_memory")
 _READ, _WRITE = mmap.PROT_READ, mmap.PROT_WRITE
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -37,8 +38,8 @@ _LIBC.syscall.restype = ctypes.c_long
 def require_room(size: int) -> None:
     """Raises ``MemoryError`` when the system, or the group of processes that this one is in, has fewer bytes to give:
     it would go on to the end and then end processes."""
-    room = min(_room_of_system(), _room_of_group())
-    if size > room:
+    room = free_memory()
+    if room is not None and size > room:
         raise MemoryError(f"{size / 1e9:,.1f} GB are wanted and {room / 1e9:,.1f} are free.")
 
 
@@ -107,26 +108,6 @@ def _spread(memory: Bytes) -> None:
         mask[node // 64] |= np.uint64(1 << node % 64)
     arguments = (memory.ctypes.data, len(memory), _INTERLEAVE, mask.ctypes.data, 64 * len(mask) + 1, 0)
     _LIBC.syscall(ctypes.c_long(number), *map(ctypes.c_long, arguments))  # a wish: containers may forbid it
-
-
-def _room_of_system() -> float:
-    try:
-        return float(_fields(_MEMORY)["MemAvailable:"]) * 1024
-    except (OSError, KeyError):
-        return float("inf")
-
-
-def _room_of_group() -> float:
-    """What a container may still take, with what it would get back of files that are cached for it."""
-    try:
-        most, now = (float((_GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        return most - now + float(_fields(_GROUP / "memory.stat")["inactive_file"])
-    except (OSError, KeyError, ValueError):  # there is no group, or no limit
-        return float("inf")
-
-
-def _fields(path: Path) -> dict[str, str]:
-    return {line.split()[0]: line.split()[1] for line in path.read_text().splitlines()}
 
 
 def _memory_nodes() -> list[int]:

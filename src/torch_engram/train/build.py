@@ -140,6 +140,7 @@ def build_banks(recipe: Recipe, model: DecoderConfig, vocab: CanonicalVocab) -> 
             vocab,
             optimizer=partial(ROW_OPTIMIZERS[table.optimizer], lr=table.lr, weight_decay=table.weight_decay),
             placement=table.placement,
+            cache=table.cache,
             codec=table.codec,
             device=recipe.device,
             dtype=torch.bfloat16 if recipe.dtype == "bf16" else torch.float32,

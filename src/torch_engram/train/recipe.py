@@ -12,6 +12,7 @@ from torch_engram.config import checked_fields, nearest, need
 from torch_engram.memory.placement import require_known
 from torch_engram.models import DecoderConfig
 from torch_engram.optim import ROW_OPTIMIZERS
+from torch_engram.sizes import parse_size
 from torch_engram.stores import CODECS
 from torch_engram.train.schedule import SCHEDULES
 
@@ -54,6 +55,9 @@ class TableRecipe:
     """Decoupled, at the steps that touch a row."""
     placement: str = "device"
     """Where rows live: ``device`` or ``host``."""
+    cache: str | None = None
+    """Bytes of the device for rows of the host that were read lately, such as ``8GB``; the trajectory does not depend
+    on it."""
     codec: str = "fp32"
     """How values are stored: ``fp32`` or ``bf16``."""
     prefetch: int = 0
@@ -64,6 +68,9 @@ class TableRecipe:
         for name in ("lr", "weight_decay", "prefetch"):
             need(self, getattr(self, name) >= 0, name, "it must not be negative.")
         require_known(self.codec, self.placement)
+        if self.cache is not None:
+            parse_size(self.cache)
+            need(self, self.placement != "device", "cache", "it is for rows on the host: set table.placement=host.")
         need(self, CODECS[self.codec].trains, "codec", "it rounds small updates away: train in fp32 or bf16.")
 
 
@@ -188,7 +195,7 @@ _FREE_TO_CHANGE = {
     "name", "data", "text_field", "tokenizer", "out", "cache", "steps", "model", "device",
     "compile", "recompute", "capture", "deterministic",
     "log_every", "eval_every", "eval_batches", "save_every", "keep", "tracker",
-    "table.placement", "table.prefetch",
+    "table.placement", "table.cache", "table.prefetch",
     "seq_len", "batch_size", "accumulation", "seed", "validation_share",
 }  # fmt: skip
 """What a resumed run may change, or what is compared otherwise: model, tokenizer and data by what they are."""
