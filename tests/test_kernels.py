@@ -149,5 +149,5 @@ def test_every_place_asks() -> None:
         assert unasked == FOLLOW.get(name, 0), name
         lines = [line for line in text.splitlines() if re.search(r"\bif .*\.is_cuda", line)]
         allowed = {"readout.py": 1, "loss.py": 1, "attention.py": 1, "source.py": 1, "cached.py": 1, "table.py": 1}
-        allowed["codecs.py"] = 2
+        allowed["codecs.py"] = allowed["lanes.py"] = 2
         assert len(lines) <= allowed.get(path.name, 0), (path, lines)

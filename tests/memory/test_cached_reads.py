@@ -95,3 +95,38 @@ def test_a_fetch_that_fails_is_told_and_the_next_ones_are_right(make_bank: Make)
     for batch in tokens:
         for layer in bank.config.layers:
             assert torch.equal(bank.read(batch).wait(layer)["engram"], plain.read(batch).wait(layer)["engram"])
+
+
+@pytest.mark.parametrize("cache", [20_000, "1MB"])
+def test_a_shape_that_comes_again_and_again(
+    make_bank: Make, tables: Path, device: torch.device, cache: int | str
+) -> None:
+    """On a GPU such prefetches are recorded and replayed: ids from anywhere, with and without document starts."""
+    plain = make_bank(tables=tables, placement="host")
+    bank = make_bank(tables=tables, placement="host", cache=cache, device=device)
+    asked = []
+    for number in range(20):
+        shape = (2, 7) if number % 5 else (1, 7)
+        ids = torch.randint(60, shape)
+        asked.append(Tokens(ids, doc_start=torch.rand(shape) < 0.2 if number % 3 else None))
+    here = [Tokens(tokens.ids.to(device), tokens.doc_start) if number % 2 else tokens
+            for number, tokens in enumerate(asked)]  # fmt: skip
+    steps = [bank.prefetch(tokens) for tokens in here[:4]]
+    for number, tokens in enumerate(asked):
+        step = steps[number]
+        if number == 9:
+            step.discard()
+        else:
+            for got, want in zip(embeddings(step, bank), embeddings(plain.prefetch(tokens), plain), strict=True):
+                assert torch.equal(got, want)
+            assert step.touched == plain.prefetch(tokens).touched
+        if len(steps) < len(asked):
+            steps.append(bank.prefetch(here[len(steps)]))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="Token id 60 is outside this memory's vocabulary of 60 ids"):
+            bank.prefetch(torch.full((2, 7), 60))[0].wait(1)
+        step = bank.prefetch(asked[1])
+        for got, want in zip(embeddings(step, bank), embeddings(plain.prefetch(asked[1]), plain), strict=True):
+            assert torch.equal(got, want)
+    with pytest.raises(ValueError, match="doc_start has the shape"):
+        bank.prefetch(Tokens(torch.ones(2, 7, dtype=torch.int64), doc_start=torch.ones(2, 6) == 1))[0].wait(1)

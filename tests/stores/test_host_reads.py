@@ -140,7 +140,8 @@ def test_a_batch_divided_in_any_way_has_its_rows(form: str, count: int, first: i
         on_device = keys.to(KERNELS)
         ask.send(on_device, torch.tensor([count, 0], device=KERNELS))
         ask.sent()
-        ask.read_beside()
+        with ask.beside():
+            ask.read()
         found = ask.bring()
         assert torch.equal(found.cpu(), reads.table.records[reads.table.index(keys[:count])])
     assert ask.alone == (reads.by_gpu(count + slack) == count + slack)
@@ -166,12 +167,12 @@ def test_each_way_is_measured_alone(runtime_of: Callable[[int], Runtime], monkey
     measured: dict[str, list[int]] = {"gpu": [], "cpu": []}
 
     def by_gpu(ask: HostAsk, keys: Tensor) -> float:
-        assert ask._reads.by_gpu(len(keys)) == len(keys)
+        assert ask._ways.by_gpu(len(keys)) == len(keys)
         measured["gpu"].append(len(keys))
         return 1e-6 + 3e-6 * len(keys)
 
     def by_cpu(ask: HostAsk, keys: Tensor) -> float:
-        assert ask._reads.by_gpu(len(keys)) == 0 and real(ask, keys) >= 0
+        assert ask._ways.by_gpu(len(keys)) == 0 and real(ask, keys) >= 0
         assert torch.equal(ask.records, table.gather(keys))
         measured["cpu"].append(len(keys))
         return 17e-6 + 1e-6 * len(keys)

@@ -95,7 +95,7 @@ class Addressing:
         bool ``[B, T]``, True at a document's first token. ``live``: bool ``[B, T]``, False at padding and image
         tokens. Raises ``ValueError`` for an id outside the vocabulary.
         """
-        _require_alike(tokens, doc_start, live)
+        self.require_alike(tokens, doc_start, live)
         self.require_known(tokens)
         if history is None and doc_start is None and live is None and self.config.scheme == "engram":
             return self._slide(tokens)  # nothing ends a segment but the sequence
@@ -131,7 +131,7 @@ class Addressing:
         """:meth:`lookup` with the kernel, on any device that can run it."""
         from torch_engram.addressing.address_kernels import address_triton
 
-        _require_alike(tokens, doc_start, live)
+        self.require_alike(tokens, doc_start, live)
         chunk = _flagged(tokens, doc_start, live)
         seen = _in_context(history, chunk)
         context = seen[0].shape[1] - tokens.shape[1]
@@ -144,17 +144,18 @@ class Addressing:
         by_layer = dict(zip(self.layouts, zip(mixes, rows, strict=True), strict=True))
         return Lookup(by_layer.__getitem__, self.layouts, (mixes, rows))
 
-    def last_rows(self, tokens: Tensor, start: Tensor, dead: Tensor, stranger: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixes ``[L, B, 1, N-1]`` and row ids ``[L, B, 1, C]`` of all layers for the last of N tokens ``[B, N]``, on a
-        GPU, by one kernel that waits for nothing and may be captured.
+    def rows_at_once(
+        self, tokens: Tensor, start: Tensor, dead: Tensor, context: int, stranger: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mixes ``[L, B, T, N-1]`` and row ids ``[L, B, T, C]`` of all layers, on a GPU, by one kernel that waits for
+        nothing and may be captured.
 
-        ``start``, ``dead``: bool ``[B, N]``: document starts, and tokens that no n-gram sees. ``stranger``: bool
-        ``[1]``, in memory that the GPU reaches, becomes True where the last token is outside the vocabulary; what is
-        returned for it then means nothing.
+        ``tokens``: raw ids ``[B, context + T]``, whose first ``context`` are looked back on. ``start``, ``dead``: bool,
+        alike: document starts, and tokens that no n-gram sees. ``stranger``: bool ``[1]``, in memory that the GPU
+        reaches, becomes True where a token is outside the vocabulary; what is returned for it then means nothing.
         """
         from torch_engram.addressing.address_kernels import address_triton
 
-        context = tokens.shape[1] - 1
         return address_triton(tokens, start, dead, context, self._hashes_on(tokens.device), True, stranger)
 
     def _hashes_on(self, device: torch.device) -> Hashes:
@@ -200,6 +201,18 @@ class Addressing:
         mix = hashing.mixes(windows, multipliers)
         return mix, self._reducers[layer, windows.device](mix)
 
+    @staticmethod
+    def require_alike(tokens: Tensor, doc_start: Tensor | None = None, live: Tensor | None = None) -> None:
+        """Raises ``ValueError`` unless ids are int64 ``[B, T]`` and masks bool, alike."""
+        for name, given in (("tokens", tokens), ("doc_start", doc_start), ("live", live)):
+            if given is not None and (given.ndim != 2 or given.shape != tokens.shape):
+                raise ValueError(
+                    f"{name} has the shape {list(given.shape)}: tokens and their masks are [B, T], all alike."
+                )
+            if given is not None and given.dtype != (torch.int64 if name == "tokens" else torch.bool):
+                kind = "int64" if name == "tokens" else "bool"
+                raise ValueError(f"{name} is {given.dtype}: make it {kind}, with .to(torch.{kind}).")
+
     def require_known(self, tokens: Tensor) -> None:
         """Raises ``ValueError`` for an id outside the vocabulary. Waits for the device."""
         if tokens.numel() == 0:
@@ -224,15 +237,6 @@ class Addressing:
             values = (layout.multipliers, layout.offsets, *layout.primes)
             self._constants[layer, device] = tuple(torch.tensor(v, dtype=torch.int64, device=device) for v in values)
         return self._constants[layer, device]
-
-
-def _require_alike(tokens: Tensor, doc_start: Tensor | None, live: Tensor | None) -> None:
-    for name, given in (("tokens", tokens), ("doc_start", doc_start), ("live", live)):
-        if given is not None and (given.ndim != 2 or given.shape != tokens.shape):
-            raise ValueError(f"{name} has the shape {list(given.shape)}: tokens and their masks are [B, T], all alike.")
-        if given is not None and given.dtype != (torch.int64 if name == "tokens" else torch.bool):
-            kind = "int64" if name == "tokens" else "bool"
-            raise ValueError(f"{name} is {given.dtype}: make it {kind}, with .to(torch.{kind}).")
 
 
 def _flagged(tokens: Tensor, doc_start: Tensor | None, live: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

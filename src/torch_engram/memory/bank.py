@@ -12,17 +12,19 @@ from torch import Tensor, nn
 
 from torch_engram.addressing import Addressing, CanonicalVocab, LayerLayout, Lookup
 from torch_engram.config import EngramConfig
-from torch_engram.memory.cached_reads import CachedReads, counts_by_order
+from torch_engram.memory.cached_reads import CachedFetch, CachedReads, counts_by_order
 from torch_engram.memory.file_tables import IN_PLACE, NEVER_WRITTEN, FileTables, Tables
+from torch_engram.memory.lanes import LaneFetch, Lanes
+from torch_engram.memory.lookups import Lookups
 from torch_engram.memory.placement import PLACEMENTS, StoreFactory, make_sources, require_known, require_trainable
-from torch_engram.memory.prefetching import Lookups, Prefetcher
+from torch_engram.memory.prefetching import Prefetcher
 from torch_engram.memory.rows import TouchedRows
 from torch_engram.memory.source import Source
 from torch_engram.memory.tables import Table, tables_of
 from torch_engram.memory.tokens import Tokens
 from torch_engram.memory.working_set import Memory, WorkingSet
 from torch_engram.optim import RowOptimizer
-from torch_engram.stores import Plane, RecordLayout, RowFormat, WritableStore
+from torch_engram.stores import NgramCache, Plane, RecordLayout, RowFormat, WritableStore
 from torch_engram.window import Window
 
 
@@ -73,6 +75,10 @@ class MemoryBank:
         self.saved: tuple[Path, str, tuple[int, ...]] | None = None
         """Where the rows were last saved to or loaded from: folder, digest of its contents, since when stores count."""
         self._prefetcher = Prefetcher(name, self.device, dtype, cached=self._reads is CachedReads)
+        self._lanes: Lanes | None = None
+        front = self._sources[0].store
+        if isinstance(front, NgramCache) and self.replayable:
+            self._lanes = Lanes(self.addressing, self.tables, front)
 
     def _choose_stores(
         self, tables: Tables | None, placement: str | StoreFactory, codec: str | None, trains: bool
@@ -115,6 +121,14 @@ class MemoryBank:
     def table_parameters(self) -> int:
         """Numbers in all rows of all tables."""
         return sum(table.rows * table.dim for table in self.tables)
+
+    @property
+    def replayable(self) -> bool:
+        """Whether a GPU's reads can be recorded: every layer has one table, all are in one store, and what is in a
+        record is the row's value."""
+        planes = {plane.name for source in self._sources for plane in source.format.layout.planes}
+        one_each = [table.layer for table in self.tables] == list(self.config.layers)
+        return one_each and len({source.store for source in self._sources}) == 1 and planes == {"value"}
 
     def new_history(self, drafts: int = 0) -> Window:
         """An empty decoding history, for :class:`Tokens`."""
@@ -161,10 +175,15 @@ class MemoryBank:
         return any(source.store.grouped for source in self._sources)
 
     def _begin(self, batches: Sequence[Tokens], trains: bool) -> WorkingSet:
+        live = [batch.live for batch in batches]
+        if len(batches) == 1 and self._lanes is not None and self._lanes.take_in(batches[0]):
+            rows = self._rows_of(self.config.layers)
+            fetch = LaneFetch(self._lanes, _cached(rows), batches[0], self.dtype)
+            return WorkingSet(self, rows, self._prefetcher.bring(fetch, rows), 1, trains)
         lookups = self._prefetcher.find(lambda: [self._lookup(batch) for batch in batches])
         if any(batch.history is not None for batch in batches):
             self._prefetcher.wait_for(lookups)  # it is told of its tokens before the caller goes on and, say, crops it
-        return self._fetch(self.config.layers, lookups, [batch.live for batch in batches], trains)
+        return self._fetch(self.config.layers, lookups, live, trains)
 
     def _lookup(self, batch: Tokens) -> Lookup:
         return self.addressing.lookup(
@@ -179,11 +198,18 @@ class MemoryBank:
         self, layers: Sequence[int], lookups: Future[Lookups], live: Sequence[Tensor | None], trains: bool
     ) -> WorkingSet:
         """One entry of ``live`` a micro-batch."""
+        rows = self._rows_of(layers)
+        if self._reads is CachedReads:
+            fetch = CachedFetch(_cached(rows), lookups, live, self.dtype)
+            return WorkingSet(self, rows, self._prefetcher.bring(fetch, rows), len(live), trains)
+        return WorkingSet(self, rows, self._prefetcher.fetch(rows, lookups, live), len(live), trains)
+
+    def _rows_of(self, layers: Sequence[int]) -> dict[int, list[TouchedRows]]:
         rows: dict[int, list[TouchedRows]] = {layer: [] for layer in layers}
         for table, source in zip(self.tables, self._sources, strict=True):
             if table.layer in rows:
                 rows[table.layer].append(self._reads(table, source))
-        return WorkingSet(self, rows, self._prefetcher.fetch(rows, lookups, live), len(live), trains)
+        return rows
 
     def cache_counts(self) -> dict[tuple[int, int], dict[str, int]]:
         """What the cache has counted since the beginning, by (layer, order): ``hits``; ``misses``, which were fetched;
@@ -260,6 +286,11 @@ class MemoryBank:
         own = self.optimizer.planes(table.dim) if self.optimizer is not None else ()
         planes = (value,) if self.in_files else (value, count, *own)
         return RowFormat(RecordLayout(planes), self.seed, self.config.init_std)
+
+
+def _cached(rows: Mapping[int, Sequence[TouchedRows]]) -> list[CachedReads]:
+    """Of all layers, one after the other."""
+    return [touched for tables in rows.values() for touched in tables if isinstance(touched, CachedReads)]
 
 
 def _require_rows(rows: Tensor, layer: int, there: int) -> None:

@@ -7,13 +7,15 @@ caches have counted, as a bank names it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from torch_engram.addressing import Lookup
+from torch_engram.memory.lookups import Lookups
 from torch_engram.memory.rows import TouchedRows
 from torch_engram.memory.segments import unique_rows
 from torch_engram.memory.source import Source
@@ -49,19 +51,19 @@ class CachedReads(TouchedRows):
         self.cache = source.store
         self.orders = slice(table.orders[0], table.orders[-1] + 1)  # they follow each other, as the columns do
 
-    def keep(self, rows: Tensor, live: Tensor | None) -> None:
-        """What is read, int64 ``[n, c]``, where it is live, bool ``[n]``."""
+    def keep(self, rows: Callable[[], Tensor], live: Tensor | None) -> None:
+        """What gives the rows that are read, int64 ``[n, c]``, where they are live, bool ``[n]``."""
         self._rows, self._live = rows, live
 
     @property
     def device(self) -> torch.device:
         """See :class:`TouchedRows`."""
-        return self._rows.device
+        return self.cache.device
 
     @property
     def distinct(self) -> int:
         """See :class:`TouchedRows`."""
-        rows = self._rows if self._live is None else self._rows[self._live]
+        rows = self._rows() if self._live is None else self._rows()[self._live]
         return len(unique_rows(rows.flatten())[0])
 
     def catch_up(self, expanded: Sequence[Tensor]) -> None:
@@ -70,36 +72,45 @@ class CachedReads(TouchedRows):
 
     def used_on(self, stream: torch.cuda.Stream) -> None:
         """See :meth:`TouchedRows.used_on`."""
-        for tensor in (self._rows, self._live):
-            if tensor is not None:
-                tensor.record_stream(stream)
+        if self._live is not None:
+            self._live.record_stream(stream)
 
 
 class CachedFetch:
     """What one prefetch reads of caches: all layers together, since their tables are alike.
 
-    ``tables``: of some layers, each layer's one after the other.
+    ``tables``: of some layers, each layer's one after the other. ``live``: the micro-batches' masks. See
+    :class:`~torch_engram.memory.prefetching.Fetch`.
     """
 
-    def __init__(self, tables: Sequence[CachedReads], dtype: torch.dtype):
+    def __init__(
+        self,
+        tables: Sequence[CachedReads],
+        lookups: Future[Lookups],
+        live: Sequence[Tensor | None],
+        dtype: torch.dtype,
+    ):
+        self._lookups, self._masks, self._device = lookups, live, tables[0].device
         self._dtype, self._layers = dtype, list(dict.fromkeys(reads.table.layer for reads in tables))
         per_layer = len(tables) // len(self._layers)
         self._groups = [tables[first::per_layer] for first in range(per_layer)]
         """Tables of all layers that have the same columns."""
         self._begun: list[Begun] = []
 
-    def begin(self, lookups: Sequence[Lookup], live: Sequence[Tensor | None]) -> None:
-        """Look for what every micro-batch reads where it is live."""
-        self._found = [lookup.of(self._layers) for lookup in lookups]  # kept until it has been read
-        self._shapes = [rows.shape[1:3] for _, rows in self._found]
+    def begin(self) -> None:
+        """See :class:`~torch_engram.memory.prefetching.Fetch`."""
+        found = self._lookups.result()
+        found.wait()
+        self._found = [lookup.of(self._layers) for lookup in found.batches]  # kept until it has been read
+        self._shapes = [(rows.shape[1], rows.shape[2]) for _, rows in self._found]
         mixes, rows = (_joined(parts) for parts in zip(*self._found, strict=True))
-        self._live = None if all(mask is None for mask in live) else self._masks(live, rows.device)
+        self._live = None if all(mask is None for mask in self._masks) else self._mask()
         try:
             for tables in self._groups:
                 first = tables[0]
                 own = rows[..., first.table.columns]
                 for reads, of_layer in zip(tables, own, strict=True):
-                    reads.keep(of_layer, self._live)
+                    reads.keep(partial(_same, of_layer), self._live)
                 spaces = [reads.table.space for reads in tables]
                 self._begun.append(first.cache.begin(spaces, mixes[..., first.orders], own))
         except BaseException as error:
@@ -107,11 +118,10 @@ class CachedFetch:
             raise
 
     def finish(self) -> dict[int, list[Tensor]]:
-        """For every layer the embeddings ``[B, T, E]`` of every micro-batch. Raises what a store's ``fetch`` does."""
-        positions = [batch * length for batch, length in self._shapes]
+        """See :class:`~torch_engram.memory.prefetching.Fetch`."""
+        positions = sum(batch * length for batch, length in self._shapes)
         widths = [tables[0].width for tables in self._groups]
-        shape = (len(self._layers), sum(positions), sum(widths))
-        whole = torch.empty(shape, dtype=self._dtype, device=self._groups[0][0].device)
+        whole = torch.empty(len(self._layers), positions, sum(widths), dtype=self._dtype, device=self._device)
         try:
             for tables, out in zip(self._groups, whole.split(widths, -1), strict=True):
                 tables[0].cache.finish(self._begun.pop(0), out)
@@ -121,15 +131,12 @@ class CachedFetch:
         if self._live is not None:
             whole.masked_fill_(~self._live[:, None], 0)
         self._found = []
-        return {
-            layer: [part.view(*shape, -1) for part, shape in zip(own.split(positions), self._shapes, strict=True)]
-            for layer, own in zip(self._layers, whole, strict=True)
-        }
+        return by_layer(self._layers, whole, self._shapes)
 
-    def _masks(self, live: Sequence[Tensor | None], device: torch.device) -> Tensor:
-        masks = zip(live, self._shapes, strict=True)
+    def _mask(self) -> Tensor:
+        masks = zip(self._masks, self._shapes, strict=True)
         return torch.cat([
-            (torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask).flatten()
+            (torch.ones(shape, dtype=torch.bool) if mask is None else mask).flatten().to(self._device)
             for mask, shape in masks
         ])  # fmt: skip
 
@@ -137,6 +144,19 @@ class CachedFetch:
         """Caches whose reads have begun wait no longer."""
         for tables, begun in zip(self._groups[-len(self._begun) :], self._begun, strict=False):
             tables[0].cache.abandon(begun, error)
+
+
+def by_layer(layers: Sequence[int], whole: Tensor, shapes: Sequence[tuple[int, int]]) -> dict[int, list[Tensor]]:
+    """Embeddings ``[L, n, E]`` of positions of all micro-batches as every layer's ``[B, T, E]`` of each."""
+    positions = [batch * length for batch, length in shapes]
+    return {
+        layer: [part.view(*shape, -1) for part, shape in zip(own.split(positions), shapes, strict=True)]
+        for layer, own in zip(layers, whole, strict=True)
+    }
+
+
+def _same(rows: Tensor) -> Tensor:
+    return rows
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

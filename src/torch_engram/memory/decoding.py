@@ -116,7 +116,9 @@ class ReplayedReads:
 
     def _addressed(self) -> tuple[Tensor, Tensor]:
         push(self._ids, self._tokens, self._start, self._dead)
-        mixes, rows = self._bank.addressing.last_rows(self._tokens, self._start, self._dead, self._stranger)
+        context = self._tokens.shape[1] - 1
+        window = (self._tokens, self._start, self._dead, context, self._stranger)
+        mixes, rows = self._bank.addressing.rows_at_once(*window)
         return mixes.flatten(1, 2), rows.flatten(1, 2)
 
     def begin(self, history: Window) -> None:
@@ -168,9 +170,7 @@ def push_naive(ids: Tensor, tokens: Tensor, start: Tensor, dead: Tensor) -> None
 
 
 def _can_replay(bank: MemoryBank, ids: Tensor) -> bool:
-    """Whether all that a step reads is in one store, whose records need nothing but to be decoded."""
-    if not use_kernels(ids) or [table.layer for table in bank.tables] != list(bank.config.layers):
-        return False
-    stores = {bank.source(table).store for table in bank.tables}
-    planes = {plane.name for table in bank.tables for plane in bank.source(table).format.layout.planes}
-    return len(stores) == 1 and planes == {"value"} and isinstance(stores.pop(), NgramCache | LoadedStore)
+    """Whether a step is read by graphs."""
+    return (
+        use_kernels(ids) and bank.replayable and isinstance(bank.source(bank.tables[0]).store, NgramCache | LoadedStore)
+    )

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from torch_engram.addressing import Lookup
 from torch_engram.forks import OneProcess
-from torch_engram.memory.cached_reads import CachedFetch, CachedReads
+from torch_engram.memory.lookups import Lookups
 from torch_engram.memory.prepared import PreparedLayer, expanded
 from torch_engram.memory.rows import TouchedRows
 
@@ -25,12 +25,15 @@ Rows = Mapping[int, Sequence[TouchedRows]]
 Prepared = Mapping[int, Future[PreparedLayer]]
 
 
-@dataclass(frozen=True)
-class Lookups:
-    """What was found of every micro-batch, and when it is there."""
+class Fetch(Protocol):
+    """What a prefetch reads of caches."""
 
-    batches: list[Lookup]
-    done: torch.cuda.Event | None
+    def begin(self) -> None:
+        """Look for it, on the current stream and without waiting for rows. A read that fails here is not finished."""
+
+    def finish(self) -> dict[int, list[Tensor]]:
+        """For every layer the embeddings ``[B, T, E]`` of every micro-batch. Raises ``ValueError`` for an id outside
+        the vocabulary, and what a store's ``fetch`` does."""
 
 
 class Prefetcher:
@@ -78,12 +81,15 @@ class Prefetcher:
         What has begun is not cancelled any more.
         """
         prepared: dict[int, Future[PreparedLayer]] = {layer: Future() for layer in rows}
-        cached = [touched for tables in rows.values() for touched in tables if isinstance(touched, CachedReads)]
-        if cached:
-            self._worker.submit(self._begin, CachedFetch(cached, self._dtype), prepared, rows, lookups, live)
-            return prepared
         for layer in rows:
             self._worker.submit(self._prepare, prepared[layer], layer, rows[layer], lookups, live)
+        return prepared
+
+    def bring(self, fetch: Fetch, rows: Rows) -> Prepared:
+        """As :meth:`fetch`, of ``rows`` that caches have."""
+        self._process.require()
+        prepared: dict[int, Future[PreparedLayer]] = {layer: Future() for layer in rows}
+        self._worker.submit(self._begin, fetch, prepared, rows)
         return prepared
 
     def _prepare(
@@ -98,36 +104,30 @@ class Prefetcher:
         if not prepared.set_running_or_notify_cancel():
             return
         try:
-            with self._side_stream(lookups):
+            with self._side_stream():
+                lookups.result().wait()
                 found = [lookup(layer) for lookup in lookups.result().batches]
-                masks = self._masks(live)
+                masks = [None if mask is None else mask.to(self._device) for mask in live]
                 for touched in tables:
                     touched.fetch(found, masks)
                 prepared.set_result(PreparedLayer(tables, expanded(tables, self._dtype), self.aside))
         except BaseException as error:
             prepared.set_exception(error)
 
-    def _begin(
-        self,
-        fetch: CachedFetch,
-        prepared: Prepared,
-        rows: Rows,
-        lookups: Future[Lookups],
-        live: Sequence[Tensor | None],
-    ) -> None:
+    def _begin(self, fetch: Fetch, prepared: Prepared, rows: Rows) -> None:
         """All layers at once, as far as that goes without waiting for rows."""
         wanted = {layer: future for layer, future in prepared.items() if future.set_running_or_notify_cancel()}
         if not wanted:
             return
         try:
-            with self._side_stream(lookups):
-                fetch.begin(lookups.result().batches, self._masks(live))
+            with self._side_stream():
+                fetch.begin()
         except BaseException as error:
             _fail(wanted, error)
         else:
             self._finisher.submit(self._finish, fetch, wanted, rows)
 
-    def _finish(self, fetch: CachedFetch, prepared: Prepared, rows: Rows) -> None:
+    def _finish(self, fetch: Fetch, prepared: Prepared, rows: Rows) -> None:
         try:
             with self._side_stream():
                 embeddings = fetch.finish()
@@ -136,17 +136,8 @@ class Prefetcher:
         except BaseException as error:
             _fail(prepared, error)
 
-    def _masks(self, live: Sequence[Tensor | None]) -> list[Tensor | None]:
-        return [None if mask is None else mask.to(self._device) for mask in live]
-
-    def _side_stream(self, lookups: Future[Lookups] | None = None) -> torch.cuda.StreamContext | nullcontext[None]:
-        """The stream that fetches, after ``lookups``."""
-        if self._stream is None:
-            return nullcontext()
-        done = None if lookups is None else lookups.result().done
-        if done is not None:
-            self._stream.wait_event(done)
-        return torch.cuda.stream(self._stream)
+    def _side_stream(self) -> torch.cuda.StreamContext | nullcontext[None]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def settle(self) -> None:
         """Return when there is nothing left to enqueue, so that the device is left alone."""

@@ -6,6 +6,7 @@ waits until the device knows what is missing and no longer. What was enqueued in
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -24,6 +25,9 @@ class Ask(Protocol):
     records: Tensor | None
     """uint8 ``[capacity, nbytes]``, where every batch is brought to; None where each has memory of its own."""
 
+    reads: bool
+    """Whether :meth:`read` does anything."""
+
     alone: bool
     """Whether :meth:`read` brings all of every batch, so that :meth:`bring` can be left out."""
 
@@ -36,11 +40,12 @@ class Ask(Protocol):
         waited for."""
 
     def read(self) -> None:
-        """Enqueue what the device brings of it by itself. May be captured, and may be left out of a batch whose
-        :meth:`read_beside` is called."""
+        """Enqueue what the device brings of it by itself. May be captured. Belongs to every batch, after
+        :meth:`send`."""
 
-    def read_beside(self) -> None:
-        """As :meth:`read`, on a stream of its own."""
+    def beside(self) -> AbstractContextManager[object]:
+        """For :meth:`read`, or its replay, after :meth:`sent`: a stream of its own within the block, for which
+        :meth:`bring` waits."""
 
     def bring(self) -> Tensor:
         """The records uint8 ``[count, nbytes]`` of the batch, on the device in the order of the current stream.
@@ -68,7 +73,7 @@ class PlainAsk:
     """Fetches from any store, once the number of missing rows has come to the host."""
 
     records: Tensor | None = None
-    alone = False
+    reads = alone = False
 
     def __init__(self, store: Store, capacity: int, device: torch.device):
         self._store, self.capacity = store, capacity
@@ -88,8 +93,9 @@ class PlainAsk:
     def read(self) -> None:
         """Nothing."""
 
-    def read_beside(self) -> None:
+    def beside(self) -> nullcontext[None]:
         """Nothing."""
+        return nullcontext()
 
     def bring(self) -> Tensor:
         """See :class:`Ask`."""

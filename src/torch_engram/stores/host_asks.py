@@ -6,6 +6,8 @@ be best; the CPU gathers the others meanwhile.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,9 +28,9 @@ class HostAsk:
     """See :class:`~torch_engram.stores.asks.Ask`: of up to ``capacity`` rows that a GPU misses."""
 
     def __init__(self, reads: HostReads, capacity: int):
-        self._reads, self.capacity, device = reads, capacity, reads.device
+        self._ways, self.capacity, device = reads, capacity, reads.device
         self.records = torch.empty((capacity, reads.table.layout.nbytes), dtype=torch.uint8, device=device)
-        self.alone = reads.by_gpu(capacity) == capacity
+        self.reads, self.alone = reads.by_gpu(capacity) > 0, reads.by_gpu(capacity) == capacity
         self._index = pinned((capacity,), torch.int64, device)
         self._head = pinned((2,), torch.int64, device).zero_()  # how many, and whether one of them is not there
         self._sent = torch.cuda.Event() if device.type == "cuda" else None
@@ -37,7 +39,7 @@ class HostAsk:
     def send(self, keys: Tensor, count: Tensor) -> None:
         """See :class:`~torch_engram.stores.asks.Ask`."""
         self._keys, self._count = keys, count
-        where = (self._reads.bases, self._reads.rows, self._index, self._head)
+        where = (self._ways.bases, self._ways.rows, self._index, self._head)
         if use_kernels(keys):
             from torch_engram.stores.ask_kernels import send_triton
 
@@ -52,8 +54,8 @@ class HostAsk:
 
     def read(self) -> None:
         """See :class:`~torch_engram.stores.asks.Ask`."""
-        reads = self._reads
-        if reads.words is None or not reads.by_gpu(self.capacity):
+        reads = self._ways
+        if reads.words is None or not self.reads:
             return
         table = (reads.words, self._keys, self._count, reads.bases, reads.rows)
         if use_kernels(self._keys):
@@ -63,16 +65,17 @@ class HostAsk:
         else:
             read_naive(*table, reads.first, reads.share, self.records)
 
-    def read_beside(self) -> None:
+    @contextmanager
+    def beside(self) -> Iterator[None]:
         """See :class:`~torch_engram.stores.asks.Ask`."""
-        if self._reads.beside is None:
-            self.read()
+        stream = self._ways.beside
+        if stream is None or self._sent is None:
+            yield
             return
-        assert self._sent is not None
-        with torch.cuda.stream(self._reads.beside):
-            self._reads.beside.wait_event(self._sent)
-            self.read()
-            self._beside = self._reads.beside.record_event()
+        stream.wait_event(self._sent)
+        with torch.cuda.stream(stream):
+            yield
+        self._beside = stream.record_event()
 
     def bring(self) -> Tensor:
         """See :class:`~torch_engram.stores.asks.Ask`. Raises ``ValueError`` naming a row or a space that is not
@@ -82,13 +85,13 @@ class HostAsk:
         count, strange = self._head.tolist()
         if strange:
             self._head[1] = 0
-            self._reads.table.checked_index(self._keys[:count].cpu())
-        by_gpu = self._reads.by_gpu(count)
+            self._ways.table.checked_index(self._keys[:count].cpu())
+        by_gpu = self._ways.by_gpu(count)
         if by_gpu < count:
-            table, index, out = self._reads.table.records, self._index[by_gpu:count], self.records[by_gpu:count]
-            self._reads.staging.move(table, index, out, self._sent)
+            table, index, out = self._ways.table.records, self._index[by_gpu:count], self.records[by_gpu:count]
+            self._ways.staging.move(table, index, out, self._sent)
         if self._beside is not None:
-            torch.cuda.current_stream(self._reads.device).wait_event(self._beside)
+            torch.cuda.current_stream(self._ways.device).wait_event(self._beside)
             self._beside = None
         return self.records[:count]
 

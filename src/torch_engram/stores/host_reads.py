@@ -56,7 +56,8 @@ class HostReads:
         ask = HostAsk(self, len(keys))
         ask.send(keys.contiguous(), torch.full((2,), len(keys), device=self.device))
         ask.sent()
-        ask.read_beside()
+        with ask.beside():
+            ask.read()
         return ask.bring()
 
     def _measure(self) -> tuple[list[float], list[float]]:
@@ -64,6 +65,7 @@ class HostReads:
         by_gpu: list[float] = []
         by_cpu: list[float] = []
         for size in _SIZES:
+            self.first = size
             ask = HostAsk(self, size)
             for self.first, way, took in ((1 << 62, _gpu_seconds, by_gpu), (0, _cpu_seconds, by_cpu)):
                 took.append(min(way(ask, keys.to(self.device)) for keys in self._random_keys(size)))

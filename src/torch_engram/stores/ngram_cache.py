@@ -113,7 +113,9 @@ class NgramCache(Front):
             ask = self._free_ask(len(found.keys))
             ask.send(found.keys, found.count)
             ask.sent()
-            ask.read_beside()
+            if ask.reads:
+                with ask.beside():
+                    ask.read()
             return Begun(number, found, columns, ask)
 
     def find(self, spaces: tuple[int, ...], mixes: Tensor, rows: Tensor) -> tuple[Found, Columns]:

@@ -22,7 +22,8 @@ from torch_engram.free_memory import free_memory
 
 Bytes = NDArray[np.uint8]
 HUGE = 2 << 20
-_MAP_FIXED, _MADV_HUGEPAGE, _MADV_COLLAPSE, _INTERLEAVE = 0x10, 14, 25, 3
+_MAP_FIXED, _INTERLEAVE = 0x10, 3
+_MADV_HUGEPAGE, _MADV_POPULATE_READ, _MADV_COLLAPSE = 14, 22, 25
 _MBIND = {"x86_64": 237, "aarch64": 235}
 _PIECE = 64 << 20
 _NODES = Path("/sys/devices/system/node/has_memory")
@@ -55,6 +56,11 @@ def map_shared(descriptor: int, size: int, writable: bool) -> Bytes:
     """The first ``size`` bytes of a memory file. To write into a map that is not writable ends the process."""
     allowed = _READ | _WRITE if writable else _READ
     return _map(size, lambda at, span: _mmap(at, span, allowed, mmap.MAP_SHARED, descriptor))
+
+
+def populate(memory: Bytes) -> None:
+    """Have all pages of a map looked up now, which otherwise every row would wait for that is the first of its page."""
+    _LIBC.madvise(memory.ctypes.data, len(memory), _MADV_POPULATE_READ)  # a wish: older systems do it row by row
 
 
 def allocate_shared(descriptor: int, memory: Bytes) -> bool:

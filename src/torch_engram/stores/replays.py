@@ -1,11 +1,12 @@
-"""Reads of a few positions on a GPU, recorded once as CUDA graphs and replayed: what a launch costs is paid once.
+"""Reads on a GPU of always as many positions, recorded once as CUDA graphs and replayed: launches are paid for once.
 
-Everything has its place: rows come from where ``addressed`` leaves them, and go to ``out``.
+Everything has its place: rows come from where ``addressed`` leaves them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,60 +19,80 @@ Addressed = Callable[[], tuple[Tensor, Tensor]]
 """Enqueues what finds the mixes ``[S, n, orders]`` and row ids ``[S, n, C]`` of a read, and may be captured."""
 
 
-_MODE = "thread_local"
-"""Other threads go on while this one records."""
+def record(launches: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
+    """What ``launches`` enqueues, to be replayed; other threads go on meanwhile."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        launches()
+    return graph
 
 
 class CachedReplay:
-    """A read of ``spaces`` of a cache, into ``out`` ``[S, n, C·dim]``.
+    """A read of ``spaces`` of a cache, ``n`` positions each.
 
-    Where the device brings all that can be missing by itself, one graph does everything, and nobody waits. Otherwise
-    there are three: what looks for the rows, what the device brings of those that are missing while the host brings
-    the others, and what puts them in place. ``addressed`` is called twice, and every :meth:`run` goes on from there.
+    Three graphs: what looks for the rows, what the device brings by itself of those that are missing while the host
+    brings the others, and what puts them in the cache. ``addressed`` is called twice, and every read goes on from
+    there. ``out``: ``[S, n, C·dim]``, where every read goes to; without it :meth:`finish` is told. With it, and where
+    the device brings all that can be missing, one graph does everything, and nobody waits.
     """
 
-    def __init__(self, cache: NgramCache, spaces: Sequence[int], addressed: Addressed, out: Tensor):
-        self._cache, self._spaces = cache, tuple(spaces)
+    def __init__(self, cache: NgramCache, spaces: Sequence[int], addressed: Addressed, out: Tensor | None = None):
+        self._cache, self._spaces, self._addressed, self._out = cache, tuple(spaces), addressed, out
         mixes, rows = addressed()
-        cache.read(self._spaces, mixes, rows, out)  # compiles the kernels, and pins the table
+        values = rows.shape[-1] * cache.layout.plane("value").width
+        trial = out if out is not None else torch.empty(*rows.shape[:2], values, device=cache.device)
+        cache.read(self._spaces, mixes, rows, trial)  # compiles the kernels, and pins the table
         self._ask = cache.new_ask(rows.numel())
         own = self._ask.records
         self._fetched = cache.layout.empty(rows.numel(), cache.device) if own is None else own
+        self._is_one = out is not None and self._ask.alone
         torch.cuda.synchronize(cache.device)
-        self._graphs = [torch.cuda.CUDAGraph()]
-        with torch.cuda.graph(self._graphs[0], capture_error_mode=_MODE):
-            mixes, rows = addressed()
-            self._found, columns = cache.find(self._spaces, mixes, rows)
-            self._ask.send(self._found.keys, self._found.count)
-            if self._ask.alone:
-                self._ask.read()
-                self._fill(columns, out)
-        if not self._ask.alone:
-            self._graphs += [self._captured(self._ask.read), self._captured(lambda: self._fill(columns, out))]
+        self._look = record(self._looks)
+        if not self._is_one:
+            self._read = record(self._ask.read, self._look.pool()) if self._ask.reads else None
+            self._fill = record(self._fills, self._look.pool())
 
-    def _captured(self, launches: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._graphs[0].pool(), capture_error_mode=_MODE):
-            launches()
-        return graph
+    def _looks(self) -> None:
+        mixes, rows = self._addressed()
+        self._found, self._columns = self._cache.find(self._spaces, mixes, rows)
+        self._ask.send(self._found.keys, self._found.count)
+        if self._is_one:
+            self._ask.read()
+            self._fills()
 
-    def _fill(self, columns: Columns, out: Tensor) -> None:
+    def _fills(self) -> None:
         self._cache.slots.fill(self._found, self._fetched)
-        embed(self._cache.layout, self._cache.slots.records, self._fetched, self._found.where, columns, out)
+        if self._out is not None:
+            self._embeds(self._out)
+
+    def _embeds(self, out: Tensor) -> None:
+        cache = self._cache
+        embed(cache.layout, cache.slots.records, self._fetched, self._found.where, self._columns, out)
 
     def run(self) -> None:
-        """Read anew, on the current stream. Raises what the store's ``fetch`` does."""
-        cache = self._cache
-        if self._ask.alone:
-            with cache.line.alone():
-                cache.slots.tick()
-                self._graphs[0].replay()
-            return
-        with cache.line.join() as number:
-            cache.slots.tick()
-            self._graphs[0].replay()
+        """Read anew into ``out``, on the current stream. Raises what :meth:`finish` does."""
+        if self._is_one:
+            with self._cache.line.alone():
+                self._cache.slots.tick()
+                self._look.replay()
+        else:
+            self.begin()
+            self.finish()
+
+    def begin(self) -> None:
+        """Look for the rows of a read."""
+        with self._cache.line.join() as self._number:
+            self._cache.slots.tick()
+            self._look.replay()
             self._ask.sent()
-            self._graphs[1].replay()
+            if self._read is not None:
+                with self._ask.beside():
+                    self._read.replay()
+
+    def finish(self, out: Tensor | None = None) -> None:
+        """Bring what is missing, and fill ``out``. Raises what the store's ``fetch`` does, also where it did so for a
+        read before this one."""
+        cache, number = self._cache, self._number
         try:
             records = self._ask.bring()
             if self._ask.records is None:
@@ -82,7 +103,9 @@ class CachedReplay:
             raise
         with cache.line.head(number):
             cache.require_unspoiled(number, self._found)
-            self._graphs[2].replay()
+            self._fill.replay()
+            if out is not None:
+                self._embeds(out)
 
 
 class LoadedReplay:
@@ -106,9 +129,7 @@ class LoadedReplay:
 
         launches()  # compiles the kernels
         torch.cuda.synchronize(store.table.device)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode=_MODE):
-            launches()
+        self._graph = record(launches)
 
     def run(self) -> None:
         """Read anew, on the current stream."""

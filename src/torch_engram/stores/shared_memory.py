@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from torch_engram.stores.pages import Bytes, allocate_shared, map_shared, private_memory, require_room
+from torch_engram.stores.pages import Bytes, allocate_shared, map_shared, populate, private_memory, require_room
 
 FOLDERS = (Path("/dev/shm"), Path(tempfile.gettempdir()))
 """Where the small files are: the first one that is there."""
@@ -60,6 +60,7 @@ class Segment:
         with _refusals():
             self.memory = map_shared(descriptor, size, writable=False)
             """Read-only: to write into it ends the process. It may outlive this object."""
+            populate(self.memory)
 
     def map_writable(self) -> Bytes:
         """The same bytes once more, for what wants them writable. Raises ``MemoryError`` when they cannot be mapped."""
