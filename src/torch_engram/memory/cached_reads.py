@@ -95,7 +95,8 @@ class CachedFetch:
         per_layer = len(tables) // len(self._layers)
         self._groups = [tables[first::per_layer] for first in range(per_layer)]
         """Tables of all layers that have the same columns."""
-        self._begun: list[Begun] = []
+        self._begun: list[tuple[NgramCache, Begun]] = []
+        self._brought: list[Tensor] = []
 
     def begin(self) -> None:
         """See :class:`~torch_engram.memory.prefetching.Fetch`."""
@@ -112,19 +113,31 @@ class CachedFetch:
                 for reads, of_layer in zip(tables, own, strict=True):
                     reads.keep(partial(_same, of_layer), self._live)
                 spaces = [reads.table.space for reads in tables]
-                self._begun.append(first.cache.begin(spaces, mixes[..., first.orders], own))
+                begun = first.cache.begin(spaces, mixes[..., first.orders], own)
+                self._begun.append((first.cache, begun))
         except BaseException as error:
             self._abandon(error)
             raise
 
-    def finish(self) -> dict[int, list[Tensor]]:
+    def bring(self) -> None:
+        """See :class:`~torch_engram.memory.prefetching.Fetch`."""
+        try:
+            for cache, begun in self._begun:
+                self._brought.append(cache.bring(begun))
+        except BaseException as error:
+            del self._begun[len(self._brought)]  # its cache has let it go
+            self._abandon(error)
+            raise
+
+    def place(self) -> dict[int, list[Tensor]]:
         """See :class:`~torch_engram.memory.prefetching.Fetch`."""
         positions = sum(batch * length for batch, length in self._shapes)
         widths = [tables[0].width for tables in self._groups]
         whole = torch.empty(len(self._layers), positions, sum(widths), dtype=self._dtype, device=self._device)
         try:
-            for tables, out in zip(self._groups, whole.split(widths, -1), strict=True):
-                tables[0].cache.finish(self._begun.pop(0), out)
+            for fetched, out in zip(self._brought, whole.split(widths, -1), strict=True):
+                cache, begun = self._begun.pop(0)
+                cache.place(begun, fetched, out)
         except BaseException as error:
             self._abandon(error)
             raise
@@ -142,8 +155,8 @@ class CachedFetch:
 
     def _abandon(self, error: BaseException) -> None:
         """Caches whose reads have begun wait no longer."""
-        for tables, begun in zip(self._groups[-len(self._begun) :], self._begun, strict=False):
-            tables[0].cache.abandon(begun, error)
+        for cache, begun in self._begun:
+            cache.abandon(begun, error)
 
 
 def by_layer(layers: Sequence[int], whole: Tensor, shapes: Sequence[tuple[int, int]]) -> dict[int, list[Tensor]]:

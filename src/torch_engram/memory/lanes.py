@@ -56,12 +56,16 @@ class Lane:
             self._place(tokens.doc_start, self._start, self._from_host[1])
         self._replay.begin()
 
-    def finish(self, layers: int, dtype: torch.dtype) -> Tensor:
+    def bring(self) -> None:
+        """Have the host bring what is missing. Raises what the store's ``fetch`` does."""
+        self._replay.bring()
+
+    def place(self, layers: int, dtype: torch.dtype) -> Tensor:
         """The embeddings ``[L, B·T, E]``. Raises ``ValueError`` for an id outside the vocabulary, and what the store's
-        ``fetch`` does."""
+        ``fetch`` did for a read before this one."""
         positions = self.shape[0] * self.shape[1]
         out = torch.empty(layers, positions, self._values, dtype=dtype, device=self._ids.device)
-        self._replay.finish(out)
+        self._replay.place(out)
         if self._stranger[0]:
             self._stranger.fill_(False)
             self._addressing.require_known(self._tokens.ids)
@@ -136,10 +140,18 @@ class LaneFetch:
             self._lanes.give_back(self._lane)
             raise
 
-    def finish(self) -> dict[int, list[Tensor]]:
+    def bring(self) -> None:
         """See :class:`~torch_engram.memory.prefetching.Fetch`."""
         try:
-            whole = self._lane.finish(len(self._tables), self._dtype)
+            self._lane.bring()
+        except BaseException:
+            self._lanes.give_back(self._lane)
+            raise
+
+    def place(self) -> dict[int, list[Tensor]]:
+        """See :class:`~torch_engram.memory.prefetching.Fetch`."""
+        try:
+            whole = self._lane.place(len(self._tables), self._dtype)
         finally:
             self._lanes.give_back(self._lane)
         return by_layer([reads.table.layer for reads in self._tables], whole, [self._shape])

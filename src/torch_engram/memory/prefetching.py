@@ -1,7 +1,7 @@
 """What a bank does beside the thread that calls it: finding rows, fetching them, and making embeddings of them.
 
-One thread finds and fetches, and does one thing after the other. What a cache misses is brought by a second one, so
-that the next rows are looked for meanwhile.
+One thread finds and fetches, and does one thing after the other. What a cache misses is brought by a second one and put
+in place by a third, so that the next rows are looked for, and gathered, meanwhile.
 """
 
 from __future__ import annotations
@@ -31,9 +31,12 @@ class Fetch(Protocol):
     def begin(self) -> None:
         """Look for it, on the current stream and without waiting for rows. A read that fails here is not finished."""
 
-    def finish(self) -> dict[int, list[Tensor]]:
+    def bring(self) -> None:
+        """Have the host bring what is missing. Raises what a store's ``fetch`` does; the read is not placed then."""
+
+    def place(self) -> dict[int, list[Tensor]]:
         """For every layer the embeddings ``[B, T, E]`` of every micro-batch. Raises ``ValueError`` for an id outside
-        the vocabulary, and what a store's ``fetch`` does."""
+        the vocabulary, and what a store's ``fetch`` did for a read before this one."""
 
 
 class Prefetcher:
@@ -47,7 +50,8 @@ class Prefetcher:
         self._device, self._dtype = device, dtype
         self._process = OneProcess(f"Memory {name!r}")
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-prefetch")
-        self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-bring")
+        self._bringer = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-bring")
+        self._placer = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-place")
         self._stream, self.aside, finding = (
             torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(3)
         )
@@ -125,12 +129,21 @@ class Prefetcher:
         except BaseException as error:
             _fail(wanted, error)
         else:
-            self._finisher.submit(self._finish, fetch, wanted, rows)
+            self._bringer.submit(self._bring, fetch, wanted, rows)
 
-    def _finish(self, fetch: Fetch, prepared: Prepared, rows: Rows) -> None:
+    def _bring(self, fetch: Fetch, prepared: Prepared, rows: Rows) -> None:
         try:
             with self._side_stream():
-                embeddings = fetch.finish()
+                fetch.bring()
+        except BaseException as error:
+            _fail(prepared, error)
+        else:
+            self._placer.submit(self._place, fetch, prepared, rows)
+
+    def _place(self, fetch: Fetch, prepared: Prepared, rows: Rows) -> None:
+        try:
+            with self._side_stream():
+                embeddings = fetch.place()
                 for layer, future in prepared.items():
                     future.set_result(PreparedLayer(rows[layer], embeddings[layer], self.aside))
         except BaseException as error:
@@ -141,7 +154,7 @@ class Prefetcher:
 
     def settle(self) -> None:
         """Return when there is nothing left to enqueue, so that the device is left alone."""
-        for thread in (self._worker, self._finisher):
+        for thread in (self._worker, self._bringer, self._placer):
             thread.submit(int).result()  # each does one thing after the other
 
 

@@ -88,7 +88,7 @@ class HostAsk:
             self._ways.table.checked_index(self._keys[:count].cpu())
         by_gpu = self._ways.by_gpu(count)
         if by_gpu < count:
-            table, index, out = self._ways.table.records, self._index[by_gpu:count], self.records[by_gpu:count]
+            table, index, out = self._ways.records, self._index[by_gpu:count], self.records[by_gpu:count]
             self._ways.staging.move(table, index, out, self._sent)
         if self._beside is not None:
             torch.cuda.current_stream(self._ways.device).wait_event(self._beside)

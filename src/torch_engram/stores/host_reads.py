@@ -43,8 +43,15 @@ class HostReads:
         """For the GPU's own reads."""
         self.words = _reachable(self, table, writable)
         """The table int64 ``[rows, nbytes / 8]`` as the GPU reaches it; None where it does not."""
+        self.records = table.records if self.words is None else self.words.view(torch.uint8)
+        """The table as the CPU gathers from it: where it is pinned, since that may have moved pages, and another map of
+        them looks each up anew."""
         self.first, self.share = 0, 0
         """What the GPU reads itself of a batch: so many rows, and of the batch that share, of :data:`SHARES`."""
+        self.measure()
+
+    def measure(self) -> None:
+        """Find out how batches are best divided, as the machine is now: a fifth of a second."""
         if self.words is not None:
             self.first, self.share = divide(_SIZES, *self._measure())
 
@@ -70,7 +77,8 @@ class HostReads:
             self.first = size
             ask = HostAsk(self, size)
             for self.first, way, took in ((1 << 62, _gpu_seconds, by_gpu), (0, _cpu_seconds, by_cpu)):
-                times, end = [], time.perf_counter() + _MOST_SECONDS
+                times: list[float] = []
+                end = time.perf_counter() + _MOST_SECONDS
                 while len(times) < 3 or (len(times) < _MOST_ROUNDS and time.perf_counter() < end):
                     times.append(way(ask, self._random_keys(size)))
                 took.append(statistics.median(times[len(times) // 2 :]))

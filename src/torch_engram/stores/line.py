@@ -12,8 +12,9 @@ from contextlib import contextmanager
 
 import torch
 
-UNDER_WAY = 2
-"""Reads that have begun and are not finished, at most: one looks for its rows while the other's are brought."""
+UNDER_WAY = 3
+"""Reads that have begun and are not finished, at most: one looks for its rows, another's are brought, and a third's are
+put in place."""
 
 
 class Line:

@@ -1,9 +1,10 @@
 """A cache by n-gram in the memory of the device that computes, in front of any store, for memories that are only read.
 
 All rows of an n-gram's order are read together, so one look finds the records of all its heads, and nothing is sorted:
-what addressing gives goes in, embeddings come out. A read has two halves, so that the host can bring one read's missing
-rows while the device looks for the next one's: :meth:`NgramCache.begin` only enqueues, and :meth:`NgramCache.finish`
-waits for what is missing. A read may count on rows that the one before has not got yet, so they finish in line.
+what addressing gives goes in, embeddings come out. A read has three parts, so that the host can bring one read's
+missing rows while others are enqueued: :meth:`NgramCache.begin` looks for them, :meth:`NgramCache.bring` waits for
+those that are missing, :meth:`NgramCache.place` puts them in place. A read may count on rows that the one before has
+not got yet, so they are placed in line.
 """
 
 from __future__ import annotations
@@ -102,11 +103,12 @@ class NgramCache(Front):
         order's heads, which are a function of space, order and mix. The spaces have the same heads. ``out`` has any
         floating type and any distance between positions.
         """
-        return self.finish(self.begin(spaces, mixes, rows), out)
+        begun = self.begin(spaces, mixes, rows)
+        return self.place(begun, self.bring(begun), out)
 
     def begin(self, spaces: Sequence[int], mixes: Tensor, rows: Tensor) -> Begun:
-        """Look for what :meth:`read` reads. What has begun has to be finished, or abandoned, on any thread: a further
-        read waits here while too many are under way."""
+        """Look for what :meth:`read` reads. What has begun has to be brought and put in place, or abandoned, on any
+        thread: a further read waits here while too many are under way."""
         with self.line.join() as number:
             self.slots.tick()
             found, columns = self.find(tuple(spaces), mixes, rows)
@@ -125,17 +127,18 @@ class NgramCache(Front):
         tags, rows = mixes.reshape(-1), rows.reshape(-1, rows.shape[-1])
         return self.slots.find(Reads(tags, rows, regions, columns.groups, max(1, mixes.shape[1]))), columns
 
-    def finish(self, begun: Begun, out: Tensor) -> Tensor:
-        """Bring what is missing, and fill ``out`` ``[S, n, C·dim]`` with what was begun; returns ``out``.
-
-        Raises what the store's ``fetch`` does, also where it did so for a read before this one.
-        """
+    def bring(self, begun: Begun) -> Tensor:
+        """Have the host bring what is missing: records for :meth:`place`. Raises what the store's ``fetch`` does."""
         try:
             fetched = begun.ask.bring()
-            fetched = self.format.with_initial(begun.found.keys[: len(fetched)], fetched)
+            return self.format.with_initial(begun.found.keys[: len(fetched)], fetched)
         except BaseException as error:
             self.abandon(begun, error)
             raise
+
+    def place(self, begun: Begun, fetched: Tensor, out: Tensor) -> Tensor:
+        """Fill ``out`` ``[S, n, C·dim]`` with what was begun and brought; returns ``out``. Raises what the store's
+        ``fetch`` did for a read before this one."""
         with self.line.head(begun.number):
             self.require_unspoiled(begun.number, begun.found)
             self.slots.fill(begun.found, fetched)

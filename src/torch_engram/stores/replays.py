@@ -32,7 +32,7 @@ class CachedReplay:
 
     Three graphs: what looks for the rows, what the device brings by itself of those that are missing while the host
     brings the others, and what puts them in the cache. ``addressed`` is called twice, and every read goes on from
-    there. ``out``: ``[S, n, C·dim]``, where every read goes to; without it :meth:`finish` is told. With it, and where
+    there. ``out``: ``[S, n, C·dim]``, where every read goes to; without it :meth:`place` is told. With it, and where
     the device brings all that can be missing, one graph does everything, and nobody waits.
     """
 
@@ -70,14 +70,15 @@ class CachedReplay:
         embed(cache.layout, cache.slots.records, self._fetched, self._found.where, self._columns, out)
 
     def run(self) -> None:
-        """Read anew into ``out``, on the current stream. Raises what :meth:`finish` does."""
+        """Read anew into ``out``, on the current stream. Raises what :meth:`bring` and :meth:`place` do."""
         if self._is_one:
             with self._cache.line.alone():
                 self._cache.slots.tick()
                 self._look.replay()
         else:
             self.begin()
-            self.finish()
+            self.bring()
+            self.place()
 
     def begin(self) -> None:
         """Look for the rows of a read."""
@@ -89,9 +90,8 @@ class CachedReplay:
                 with self._ask.beside():
                     self._read.replay()
 
-    def finish(self, out: Tensor | None = None) -> None:
-        """Bring what is missing, and fill ``out``. Raises what the store's ``fetch`` does, also where it did so for a
-        read before this one."""
+    def bring(self) -> None:
+        """Have the host bring what is missing. Raises what the store's ``fetch`` does."""
         cache, number = self._cache, self._number
         try:
             records = self._ask.bring()
@@ -101,8 +101,11 @@ class CachedReplay:
             with cache.line.head(number):
                 cache.spoil(self._found, error)
             raise
-        with cache.line.head(number):
-            cache.require_unspoiled(number, self._found)
+
+    def place(self, out: Tensor | None = None) -> None:
+        """Fill ``out`` with what was brought. Raises what the store's ``fetch`` did for a read before this one."""
+        with self._cache.line.head(self._number):
+            self._cache.require_unspoiled(self._number, self._found)
             self._fill.replay()
             if out is not None:
                 self._embeds(out)
