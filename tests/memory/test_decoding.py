@@ -76,13 +76,14 @@ def test_a_token_at_a_time_reads_what_whole_sequences_read(
 ) -> None:
     bank = make_bank(FILES, tables=tables, device=device, **way)
     memory = DecodeMemory(bank, SEQUENCES)
+    others = [torch.full((size,), 1 << 50, device=device) for size in range(1, 400)]  # where something was let go
     places = [memory.wait(layer)[bank.name].data_ptr() for layer in bank.config.layers]
     for _ in range(3):
         sequences = texts()
         for got, want in zip(decoded(bank, memory, *sequences), expected(bank, *sequences), strict=True):
             assert torch.equal(got, want)
     assert places == [memory.wait(layer)[bank.name].data_ptr() for layer in bank.config.layers]
-    assert memory.wait(2) == {}
+    assert memory.wait(2) == {} and len(others) == 399
 
 
 @pytest.mark.gpu

@@ -27,6 +27,8 @@ _SIZES = (1 << 11, 1 << 16)
 """Rows of the fetches that are measured: what decoding and prefill miss lies between."""
 _MOST_SECONDS, _MOST_ROUNDS = 0.05, 200
 """How long one of them is repeated: processors that were idle are slow at first."""
+_PAUSES = (0.002, 0.0)
+"""Before each: while a model decodes, the threads that gather fall asleep, and have to be woken for every step."""
 
 
 class HostReads:
@@ -73,14 +75,16 @@ class HostReads:
         """Seconds that the GPU, and the CPU, take for random rows of :data:`_SIZES`."""
         by_gpu: list[float] = []
         by_cpu: list[float] = []
-        for size in _SIZES:
+        for size, pause in zip(_SIZES, _PAUSES, strict=True):
             self.first = size
             ask = HostAsk(self, size)
             for self.first, way, took in ((1 << 62, _gpu_seconds, by_gpu), (0, _cpu_seconds, by_cpu)):
                 times: list[float] = []
                 end = time.perf_counter() + _MOST_SECONDS
                 while len(times) < 3 or (len(times) < _MOST_ROUNDS and time.perf_counter() < end):
-                    times.append(way(ask, self._random_keys(size)))
+                    keys = self._random_keys(size)
+                    time.sleep(pause)
+                    times.append(way(ask, keys))
                 took.append(statistics.median(times[len(times) // 2 :]))
         return by_gpu, by_cpu
 

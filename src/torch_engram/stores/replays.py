@@ -132,7 +132,8 @@ class LoadedReplay:
 
         launches()  # compiles the kernels
         torch.cuda.synchronize(store.table.device)
-        self._graph = record(launches)
+        self._graph, self._launches = record(launches), launches
+        """The second holds what the first one reads."""
 
     def run(self) -> None:
         """Read anew, on the current stream."""
