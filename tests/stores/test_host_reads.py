@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,7 +83,7 @@ def runtime_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Runtime]:
     def make(refusal: int) -> Runtime:
         runtime = Runtime(refusal)
         monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(synchronize=lambda: None))
         monkeypatch.setattr(host_reads, "_gpu_seconds", lambda ask, keys: 1.0)
         return runtime
 
@@ -99,7 +100,7 @@ def reads_of(table: RecordTable, first: int, share: int) -> HostReads:
         table = RecordTable(table.layout, table.spaces, CPU, pinned=True)
         table.records.random_(256)
     reads = HostReads(table, KERNELS)
-    reads.words, reads.records, reads.first, reads.share = table.words, table.records, first, share
+    reads.words, reads.records, reads._division = table.words, table.records, (first, share)
     return reads
 
 
@@ -108,7 +109,7 @@ def test_a_table_that_cannot_be_pinned_is_gathered_by_the_cpu_with_a_warning(run
     table, keys = random_table(), torch.tensor([3, 1, 49])
     with pytest.warns(UserWarning, match=r"cannot be pinned \(CUDA error 2 for 0\.0 GB\): the CPU gathers") as caught:
         reads = HostReads(table, CPU, lambda: memory_of(table))
-    assert len(caught) == 1 and reads.words is None and reads.by_gpu(1) == 0
+    assert len(caught) == 1 and reads.words is None and reads.new_ask(1).by_gpu(1) == 0
     for _ in range(2):
         assert torch.equal(reads.fetch(keys), table.records[keys])
     with pytest.warns(UserWarning, match=r"cannot be pinned \(CUDA error 2 for 0\.0 GB\): copies to GPUs are slower"):
@@ -132,7 +133,7 @@ def test_a_table_is_pinned_as_long_as_it_is_read(runtime_of: Any) -> None:
 @given(st.integers(0, 40), st.sampled_from([0, 1, 20, 2**62]), st.sampled_from([0, 96, SHARES]), st.integers(0, 9))
 def test_a_batch_divided_in_any_way_has_its_rows(form: str, count: int, first: int, share: int, slack: int) -> None:
     reads = reads_of(random_table(), first, share)
-    ask = HostAsk(reads, count + slack)
+    ask = HostAsk(reads, count + slack, (first, share))
     for seed in range(2):  # an ask serves one batch after the other
         generator = torch.Generator().manual_seed(seed)
         keys = torch.cat((torch.randint(50, (count,), generator=generator), torch.full((slack,), -1)))
@@ -144,7 +145,7 @@ def test_a_batch_divided_in_any_way_has_its_rows(form: str, count: int, first: i
             ask.read()
         found = ask.bring()
         assert torch.equal(found.cpu(), reads.table.records[reads.table.index(keys[:count])])
-    assert ask.alone == (reads.by_gpu(count + slack) == count + slack)
+    assert ask.alone == (ask.by_gpu(count + slack) == count + slack)
     assert torch.equal(reads.fetch(on_device[:count]).cpu(), found.cpu())
 
 
@@ -167,12 +168,12 @@ def test_each_way_is_measured_alone(runtime_of: Callable[[int], Runtime], monkey
     measured: dict[str, list[int]] = {"gpu": [], "cpu": []}
 
     def by_gpu(ask: HostAsk, keys: Tensor) -> float:
-        assert ask._ways.by_gpu(len(keys)) == len(keys)
+        assert ask.by_gpu(len(keys)) == len(keys)
         measured["gpu"] += [len(keys)]
         return 1e-6 + 3e-6 * len(keys)
 
     def by_cpu(ask: HostAsk, keys: Tensor) -> float:
-        assert ask._ways.by_gpu(len(keys)) == 0 and real(ask, keys) >= 0
+        assert ask.by_gpu(len(keys)) == 0 and real(ask, keys) >= 0
         assert torch.equal(ask.records, table.gather(keys))
         measured["cpu"].append(len(keys))
         return 17e-6 + 1e-6 * len(keys)
@@ -181,7 +182,10 @@ def test_each_way_is_measured_alone(runtime_of: Callable[[int], Runtime], monkey
     monkeypatch.setattr(host_reads, "_cpu_seconds", by_cpu)
     monkeypatch.setattr(host_reads, "_SIZES", (4, 16))
     reads = HostReads(table, CPU, lambda: memory_of(table))
-    assert (reads.first, reads.share) == (4, SHARES // 4) and reads.by_gpu(5) == 5 and reads.by_gpu(16) == 8
+    ask = reads.new_ask(16)
+    assert reads._division == (4, SHARES // 4) and ask.by_gpu(5) == 5 and ask.by_gpu(16) == 8
+    monkeypatch.setattr(host_reads, "divide", lambda *_: (0, 0))
+    assert reads.new_ask(16).by_gpu(16) == 0 and ask.by_gpu(16) == 8  # what was recorded of it is as it was
     assert set(measured["gpu"]) == set(measured["cpu"]) == {4, 16}
 
 

@@ -169,7 +169,6 @@ def test_a_gpu_gets_the_same_rows_by_both_ways(tmp_path: Path) -> None:
     expected = table.read(0, ROWS)
     store.fetch(torch.arange(ROWS, device=device))
     for first in (0, 1 << 62):
-        reads = store._reads_of(torch.device("cuda:0"))
-        reads.first, reads.share = first, 0
+        store._reads_of(torch.device("cuda:0"))._division = (first, 0)
         keys = torch.from_numpy(np.random.default_rng(0).permutation(ROWS)).to(device)
         assert torch.equal(store.fetch(keys).cpu(), expected[keys.cpu()])

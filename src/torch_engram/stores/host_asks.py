@@ -25,16 +25,26 @@ SHARES = 256
 
 
 class HostAsk:
-    """See :class:`~torch_engram.stores.asks.Ask`: of up to ``capacity`` rows that a GPU misses."""
+    """See :class:`~torch_engram.stores.asks.Ask`: of up to ``capacity`` rows that a GPU misses.
 
-    def __init__(self, reads: HostReads, capacity: int):
+    ``division``: what the GPU reads itself of a batch, so many rows and a share of the batch, of :data:`SHARES`. It
+    stays as it is, since what is recorded of an ask has it in it.
+    """
+
+    def __init__(self, reads: HostReads, capacity: int, division: tuple[int, int]):
         self._ways, self.capacity, device = reads, capacity, reads.device
         self.records = torch.empty((capacity, reads.table.layout.nbytes), dtype=torch.uint8, device=device)
-        self.reads, self.alone = reads.by_gpu(capacity) > 0, reads.by_gpu(capacity) == capacity
+        self._division = division
+        self.reads, self.alone = self.by_gpu(capacity) > 0, self.by_gpu(capacity) == capacity
         self._index = pinned((capacity,), torch.int64, device)
         self._head = pinned((2,), torch.int64, device).zero_()  # how many, and whether one of them is not there
         self._sent = torch.cuda.Event() if device.type == "cuda" else None
         self._beside: torch.cuda.Event | None = None
+
+    def by_gpu(self, count: int) -> int:
+        """How many of ``count`` rows, the first ones, the GPU reads itself."""
+        first, share = self._division
+        return 0 if self._ways.words is None else min(count, first + count * share // SHARES)
 
     def send(self, keys: Tensor, count: Tensor) -> None:
         """See :class:`~torch_engram.stores.asks.Ask`."""
@@ -61,9 +71,9 @@ class HostAsk:
         if use_kernels(self._keys):
             from torch_engram.stores.ask_kernels import read_triton
 
-            read_triton(*table, reads.first, reads.share, self.records)
+            read_triton(*table, *self._division, self.records)
         else:
-            read_naive(*table, reads.first, reads.share, self.records)
+            read_naive(*table, *self._division, self.records)
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -86,7 +96,7 @@ class HostAsk:
         if strange:
             self._head[1] = 0
             self._ways.table.checked_index(self._keys[:count].cpu())
-        by_gpu = self._ways.by_gpu(count)
+        by_gpu = self.by_gpu(count)
         if by_gpu < count:
             table, index, out = self._ways.records, self._index[by_gpu:count], self.records[by_gpu:count]
             self._ways.staging.move(table, index, out, self._sent)

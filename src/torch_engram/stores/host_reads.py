@@ -48,23 +48,17 @@ class HostReads:
         self.records = table.records if self.words is None else self.words.view(torch.uint8)
         """The table as the CPU gathers from it: where it is pinned, since that may have moved pages, and another map of
         them looks each up anew."""
-        self.first, self.share = 0, 0
-        """What the GPU reads itself of a batch: so many rows, and of the batch that share, of :data:`SHARES`."""
-        self.measure()
+        self._division = (0, 0) if self.words is None else divide(_SIZES, *self._measure())
 
-    def measure(self) -> None:
-        """Find out how batches are best divided, as the machine is now: a fifth of a second."""
-        if self.words is not None:
-            self.first, self.share = divide(_SIZES, *self._measure())
-
-    def by_gpu(self, count: int) -> int:
-        """How many of ``count`` rows, the first ones, the GPU reads itself."""
-        return 0 if self.words is None else min(count, self.first + count * self.share // SHARES)
+    def new_ask(self, capacity: int) -> HostAsk:
+        """An ask that serves for long: how its batches are best divided is measured anew, in a fifth of a second."""
+        division = self._division if self.words is None else divide(_SIZES, *self._measure())
+        return HostAsk(self, capacity, division)
 
     def fetch(self, keys: Tensor) -> Tensor:
         """Records uint8 ``[U, nbytes]`` of keys ``[U]`` on the GPU. Raises ``ValueError`` naming a row or a space that
         is not there."""
-        ask = HostAsk(self, len(keys))
+        ask = HostAsk(self, len(keys), self._division)
         ask.send(keys.contiguous(), torch.full((2,), len(keys), device=self.device))
         ask.sent()
         with ask.beside():
@@ -76,9 +70,8 @@ class HostReads:
         by_gpu: list[float] = []
         by_cpu: list[float] = []
         for size, pause in zip(_SIZES, _PAUSES, strict=True):
-            self.first = size
-            ask = HostAsk(self, size)
-            for self.first, way, took in ((1 << 62, _gpu_seconds, by_gpu), (0, _cpu_seconds, by_cpu)):
+            for first, way, took in ((size, _gpu_seconds, by_gpu), (0, _cpu_seconds, by_cpu)):
+                ask = HostAsk(self, size, (first, 0))
                 times: list[float] = []
                 end = time.perf_counter() + _MOST_SECONDS
                 while len(times) < 3 or (len(times) < _MOST_ROUNDS and time.perf_counter() < end):
@@ -113,7 +106,7 @@ def _line(sizes: Sequence[int], took: Sequence[float]) -> tuple[float, float]:
 def _asked(ask: HostAsk, keys: Tensor) -> None:
     ask.send(keys, torch.full((2,), len(keys), device=keys.device))
     ask.sent()
-    torch.cuda.synchronize()
+    torch.cuda.current_stream().synchronize()  # and not the device, where somebody may be recording a graph
 
 
 def _gpu_seconds(ask: HostAsk, keys: Tensor) -> float:
@@ -130,7 +123,7 @@ def _cpu_seconds(ask: HostAsk, keys: Tensor) -> float:
     _asked(ask, keys)
     begun = time.perf_counter()
     ask.bring()
-    torch.cuda.synchronize()
+    torch.cuda.current_stream().synchronize()
     return time.perf_counter() - begun
 
 

@@ -20,10 +20,17 @@ Addressed = Callable[[], tuple[Tensor, Tensor]]
 
 
 def record(launches: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
-    """What ``launches`` enqueues, to be replayed; other threads go on meanwhile."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        launches()
+    """What ``launches`` enqueues, to be replayed. Other threads go on meanwhile, and may record graphs themselves: the
+    device is not waited for, as torch's own context would."""
+    graph: Any = torch.cuda.CUDAGraph()
+    stream, pools = torch.cuda.Stream(), () if pool is None else (pool,)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin(*pools, capture_error_mode="thread_local")
+        try:
+            launches()
+        finally:
+            graph.capture_end()
     return graph
 
 
@@ -46,7 +53,7 @@ class CachedReplay:
         own = self._ask.records
         self._fetched = cache.layout.empty(rows.numel(), cache.device) if own is None else own
         self._is_one = out is not None and self._ask.alone
-        torch.cuda.synchronize(cache.device)
+        torch.cuda.current_stream(cache.device).synchronize()
         self._look = record(self._looks)
         if not self._is_one:
             self._read = record(self._ask.read, self._look.pool()) if self._ask.reads else None
@@ -131,7 +138,7 @@ class LoadedReplay:
             embed(store.layout, store.table.records, store.table.records[:0], where, columns, out)
 
         launches()  # compiles the kernels
-        torch.cuda.synchronize(store.table.device)
+        torch.cuda.current_stream(store.table.device).synchronize()
         self._graph, self._launches = record(launches), launches
         """The second holds what the first one reads."""
 

@@ -57,9 +57,7 @@ class SharedHostStore:
 
     def new_ask(self, capacity: int, device: torch.device) -> HostAsk:
         """See :class:`~torch_engram.stores.asks.AskedStore`."""
-        reads = self._reads_of(device)
-        reads.measure()  # anew, since an ask serves for long
-        return HostAsk(reads, capacity)
+        return self._reads_of(device).new_ask(capacity)
 
     def _reads_of(self, device: torch.device) -> HostReads:
         with self._lock:
