@@ -22,11 +22,10 @@ Addressed = Callable[[], tuple[Tensor, Tensor]]
 def record(launches: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
     """What ``launches`` enqueues, to be replayed. Other threads go on meanwhile, and may record graphs themselves: the
     device is not waited for, as torch's own context would."""
-    graph: Any = torch.cuda.CUDAGraph()
-    stream, pools = torch.cuda.Stream(), () if pool is None else (pool,)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        graph.capture_begin(*pools, capture_error_mode="thread_local")
+        graph.capture_begin(pool, capture_error_mode="thread_local")
         try:
             launches()
         finally:
