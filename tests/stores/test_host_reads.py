@@ -181,8 +181,10 @@ def test_each_way_is_measured_alone(runtime_of: Callable[[int], Runtime], monkey
     monkeypatch.setattr(host_reads, "_gpu_seconds", by_gpu)
     monkeypatch.setattr(host_reads, "_cpu_seconds", by_cpu)
     monkeypatch.setattr(host_reads, "_SIZES", (4, 16))
+    state = torch.get_rng_state()
     reads = HostReads(table, CPU, lambda: memory_of(table))
     ask = reads.new_ask(16)
+    assert torch.equal(torch.get_rng_state(), state)
     assert reads._division == (4, SHARES // 4) and ask.by_gpu(5) == 5 and ask.by_gpu(16) == 8
     monkeypatch.setattr(host_reads, "divide", lambda *_: (0, 0))
     assert reads.new_ask(16).by_gpu(16) == 0 and ask.by_gpu(16) == 8  # what was recorded of it is as it was

@@ -69,21 +69,22 @@ class HostReads:
         """Seconds that the GPU, and the CPU, take for random rows of :data:`_SIZES`."""
         by_gpu: list[float] = []
         by_cpu: list[float] = []
+        generator = torch.Generator().manual_seed(0)  # a user's random numbers are left alone
         for size, pause in zip(_SIZES, _PAUSES, strict=True):
             for first, way, took in ((size, _gpu_seconds, by_gpu), (0, _cpu_seconds, by_cpu)):
                 ask = HostAsk(self, size, (first, 0))
                 times: list[float] = []
                 end = time.perf_counter() + _MOST_SECONDS
                 while len(times) < 3 or (len(times) < _MOST_ROUNDS and time.perf_counter() < end):
-                    keys = self._random_keys(size)
+                    keys = self._random_keys(size, generator)
                     time.sleep(pause)
                     times.append(way(ask, keys))
                 took.append(statistics.median(times[len(times) // 2 :]))
         return by_gpu, by_cpu
 
-    def _random_keys(self, size: int) -> Tensor:
+    def _random_keys(self, size: int, generator: torch.Generator) -> Tensor:
         space, rows = max(self.table.spaces.items(), key=lambda found: found[1])
-        return make_keys(space, torch.randint(rows, (size,))).to(self.device)
+        return make_keys(space, torch.randint(rows, (size,), generator=generator)).to(self.device)
 
 
 def divide(sizes: Sequence[int], by_gpu: Sequence[float], by_cpu: Sequence[float]) -> tuple[int, int]:
