@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from torch_engram.memory import MemoryBank, Tokens, WorkingSet
-from torch_engram.stores import HostStore, RecordLayout
+from torch_engram.stores import HostStore, NgramCache, RecordLayout
 
 Make = Callable[..., MemoryBank]
 
@@ -130,3 +130,15 @@ def test_a_shape_that_comes_again_and_again(
             assert torch.equal(got, want)
     with pytest.raises(ValueError, match="doc_start has the shape"):
         bank.prefetch(Tokens(torch.ones(2, 7, dtype=torch.int64), doc_start=torch.ones(2, 6) == 1))[0].wait(1)
+
+
+def test_a_read_for_which_there_is_no_memory_claims_nothing(make_bank: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, plain = (make_bank(placement=failing, cache=cache) for cache in ("1MB", None))
+    tokens, cache = torch.randint(60, (2, 9)), bank.source(bank.tables[0]).store
+    assert isinstance(cache, NgramCache)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "new_ask", lambda capacity: (_ for _ in ()).throw(MemoryError("none left")))
+        with pytest.raises(MemoryError, match="none left"):
+            bank.read(tokens).wait(1)
+    for layer in bank.config.layers:
+        assert torch.equal(bank.read(tokens).wait(layer)["engram"], plain.read(tokens).wait(layer)["engram"])

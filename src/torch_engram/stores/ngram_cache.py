@@ -110,14 +110,18 @@ class NgramCache(Front):
         """Look for what :meth:`read` reads. What has begun has to be brought and put in place, or abandoned, on any
         thread: a further read waits here while too many are under way."""
         with self.line.join() as number:
+            ask = self._free_ask(rows.numel())  # before anything is claimed, for there may be no memory for it
             self.slots.tick()
             found, columns = self.find(tuple(spaces), mixes, rows)
-            ask = self._free_ask(len(found.keys))
-            ask.send(found.keys, found.count)
-            ask.sent()
-            if ask.reads:
-                with ask.beside():
-                    ask.read()
+            try:
+                ask.send(found.keys, found.count)
+                ask.sent()
+                if ask.reads:
+                    with ask.beside():
+                        ask.read()
+            except BaseException:
+                self.slots.release(found)
+                raise
             return Begun(number, found, columns, ask)
 
     def find(self, spaces: tuple[int, ...], mixes: Tensor, rows: Tensor) -> tuple[Found, Columns]:

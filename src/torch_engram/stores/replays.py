@@ -91,10 +91,14 @@ class CachedReplay:
         with self._cache.line.join() as self._number:
             self._cache.slots.tick()
             self._look.replay()
-            self._ask.sent()
-            if self._read is not None:
-                with self._ask.beside():
-                    self._read.replay()
+            try:
+                self._ask.sent()
+                if self._read is not None:
+                    with self._ask.beside():
+                        self._read.replay()
+            except BaseException:
+                self._cache.slots.release(self._found)
+                raise
 
     def bring(self) -> None:
         """Have the host bring what is missing. Raises what the store's ``fetch`` does."""
