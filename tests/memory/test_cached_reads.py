@@ -142,3 +142,23 @@ def test_a_read_for_which_there_is_no_memory_claims_nothing(make_bank: Make, mon
             bank.read(tokens).wait(1)
     for layer in bank.config.layers:
         assert torch.equal(bank.read(tokens).wait(layer)["engram"], plain.read(tokens).wait(layer)["engram"])
+
+
+def test_embeddings_for_which_there_is_no_memory_keep_nobody_waiting(
+    make_bank: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank, plain = (make_bank(placement=failing, cache=cache) for cache in ("1MB", None))
+    tokens, real = torch.randint(60, (2, 9)), torch.empty
+
+    def empty(*shape: int, **options: object) -> Tensor:
+        if len(shape) == 3 and shape[0] == len(bank.config.layers):
+            raise MemoryError("none left")
+        return real(*shape, **options)  # type: ignore[call-overload, no-any-return]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", empty)
+        with pytest.raises(MemoryError, match="none left"):
+            bank.read(tokens).wait(1)
+        bank.settle()
+    for layer in bank.config.layers:
+        assert torch.equal(bank.read(tokens).wait(layer)["engram"], plain.read(tokens).wait(layer)["engram"])

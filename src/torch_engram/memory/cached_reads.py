@@ -133,8 +133,8 @@ class CachedFetch:
         """See :class:`~torch_engram.memory.prefetching.Fetch`."""
         positions = sum(batch * length for batch, length in self._shapes)
         widths = [tables[0].width for tables in self._groups]
-        whole = torch.empty(len(self._layers), positions, sum(widths), dtype=self._dtype, device=self._device)
         try:
+            whole = torch.empty(len(self._layers), positions, sum(widths), dtype=self._dtype, device=self._device)
             for fetched, out in zip(self._brought, whole.split(widths, -1), strict=True):
                 cache, begun = self._begun.pop(0)
                 cache.place(begun, fetched, out)

@@ -64,7 +64,11 @@ class Lane:
         """The embeddings ``[L, B·T, E]``. Raises ``ValueError`` for an id outside the vocabulary, and what the store's
         ``fetch`` did for a read before this one."""
         positions = self.shape[0] * self.shape[1]
-        out = torch.empty(layers, positions, self._values, dtype=dtype, device=self._ids.device)
+        try:
+            out = torch.empty(layers, positions, self._values, dtype=dtype, device=self._ids.device)
+        except BaseException as error:  # later reads would wait for this one
+            self._replay.abandon(error)
+            raise
         self._replay.place(out)
         if self._stranger[0]:
             self._stranger.fill_(False)
@@ -83,7 +87,7 @@ class Lanes:
     """The lanes of a bank's prefetches, of every recorded shape as many as may be under way."""
 
     def __init__(self, addressing: Addressing, tables: Sequence[Table], cache: NgramCache):
-        self._addressing, self._tables, self._cache = addressing, tables, cache
+        self.addressing, self._tables, self._cache = addressing, tables, cache
         self._seen: Counter[tuple[int, int]] = Counter()
         self._free: dict[tuple[int, int], queue.SimpleQueue[Lane | None]] = {}
         self._lock = threading.Lock()
@@ -93,7 +97,7 @@ class Lanes:
         that are not ``[B, T]``, all alike."""
         if tokens.history is not None or tokens.live is not None or not use_kernels(self._cache.slots.tags):
             return False
-        self._addressing.require_alike(tokens.ids, tokens.doc_start)
+        self.addressing.require_alike(tokens.ids, tokens.doc_start)
         shape = (tokens.ids.shape[0], tokens.ids.shape[1])
         with self._lock:
             if shape not in self._free and len(self._free) < SHAPES and shape[0] * shape[1]:
@@ -108,7 +112,7 @@ class Lanes:
         """A lane that nobody has; waits for one."""
         lane = self._free[shape].get()
         try:
-            return Lane(self._addressing, self._tables, self._cache, shape) if lane is None else lane
+            return Lane(self.addressing, self._tables, self._cache, shape) if lane is None else lane
         except BaseException:
             self._free[shape].put(None)
             raise
@@ -157,6 +161,6 @@ class LaneFetch:
         return by_layer([reads.table.layer for reads in self._tables], whole, [self._shape])
 
     def _rows(self, layer: int) -> Tensor:
-        addressing = self._lanes._addressing
+        addressing = self._lanes.addressing
         ids = self._tokens.ids.to(self._tables[0].device)
         return addressing.lookup(ids, doc_start=self._tokens.doc_start)(layer)[1].flatten(0, 1)

@@ -11,13 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torch_engram.stores.host_asks import SHARES
 from torch_engram.stores.records import ROW_MASK, SPACE_SHIFT
 
 _KEYS = 1024
 """Keys that one program sends."""
 _PROGRAMS, _ROWS = 256, 4
 """Programs that read rows, and rows that each reads together: the bus has all it can take under way with fewer."""
-_SHARES = tl.constexpr(256)
+_SHARES = tl.constexpr(SHARES)
 _MASK, _SHIFT = tl.constexpr(ROW_MASK), tl.constexpr(SPACE_SHIFT)
 
 

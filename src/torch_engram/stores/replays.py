@@ -102,15 +102,18 @@ class CachedReplay:
 
     def bring(self) -> None:
         """Have the host bring what is missing. Raises what the store's ``fetch`` does."""
-        cache, number = self._cache, self._number
         try:
             records = self._ask.bring()
             if self._ask.records is None:
                 self._fetched[: len(records)].copy_(records)
         except BaseException as error:
-            with cache.line.head(number):
-                cache.spoil(self._found, error)
+            self.abandon(error)
             raise
+
+    def abandon(self, error: BaseException) -> None:
+        """Give up a read that has begun, for ``error``; those that have begun since fail for it, too."""
+        with self._cache.line.head(self._number):
+            self._cache.spoil(self._found, error)
 
     def place(self, out: Tensor | None = None) -> None:
         """Fill ``out`` with what was brought. Raises what the store's ``fetch`` did for a read before this one."""
