@@ -16,7 +16,9 @@ several tokens want is fetched once, and one that the cache has not at all.
   memory, then two groups; ratios are of a group to what its turn measured. The kernel (pinned_reads.py) is given the
   numbers of other chunks' rows, as tokens ask for them, or each once and ascending, and does nothing but read records
   and write them; what it delivers counts as above, and neither finding distinct rows nor giving them to tokens is
-  counted.
+  counted. Its table is pinned, as others have theirs, and half as large as ours, since there is no room for two: rows
+  have half their numbers there, which is in its favour. The same is done where our own table is, for what its memory
+  alone gains.
 - Decoding, a step is one token of each of 512 places in the text, or of one, from ids on the GPU to the embeddings of
   both layers. Beside it the same by the bank's general path, at other places. Python's collector is told to leave alone
   what is there before, as a server would.
@@ -30,7 +32,7 @@ import argparse
 import gc
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from itertools import islice
@@ -39,9 +41,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from lookup_run import FreshText, Run, Sizes, show
-from pinned_reads import PinnedReads
+from pinned_reads import PinnedReads, pinned_table
 from record import record
-from sparse_tables import host_bank, pinned_words, require_right, row_index, store_of
+from sparse_tables import host_bank, host_words, require_right, row_index, store_of
 from torch import Tensor
 
 from torch_engram.addressing import CanonicalVocab
@@ -117,9 +119,9 @@ def prefill(run: Run) -> None:
     """Record the stream over what its turns measure, then chunks alone."""
     rates: dict[str, list[float]] = {"stream": []}
     ratios: dict[str, list[float]] = {}
-    kernel, before = make_kernel(run), run.bank.cache_counts()
+    kernels, before = make_kernels(run), run.bank.cache_counts()
     for _ in range(run.sizes.turns):
-        beside = by_bus(run) | ({} if kernel is None else by_kernel(run, kernel))
+        beside = by_bus(run) | by_kernels(run, kernels)
         groups = [run.delivered(GROUP * run.sizes.chunk) / seconds for seconds in timed_groups(run)]
         rates["stream"] += groups
         for name, samples in beside.items():
@@ -136,7 +138,8 @@ def write_ratios(run: Run, rates: dict[str, list[float]], ratios: dict[str, list
     middle = median(rates["stream"])
     run.write(BUS, "stream", rates["stream"], "GB/s")
     run.write(BUS, "stream-tokens", [rate / run.delivered(1) for rate in rates["stream"]], "tokens/s")
-    for claim, name in ((BUS, "bus-copy"), (UVA, "kernel"), (UVA, "kernel-sorted")):
+    kernels = [(UVA, f"{name}{order}") for name in ("kernel", "kernel-there") for order in ("", "-sorted")]
+    for claim, name in ((BUS, "bus-copy"), *kernels):
         if name not in rates:
             print(f"{claim}: no {name} without a GPU that can read the table", flush=True)
             continue
@@ -145,15 +148,18 @@ def write_ratios(run: Run, rates: dict[str, list[float]], ratios: dict[str, list
         run.write(claim, name, rates[name], "GB/s", reference=middle, ratio=median(rates[name]) / middle)
 
 
-def make_kernel(run: Run) -> PinnedReads | None:
-    """The kernel in its quickest shape; None where no GPU can read the table."""
-    words = pinned_words(run.bank)
+def make_kernels(run: Run) -> dict[str, PinnedReads]:
+    """The kernel in its quickest shape, on pinned memory and where the table is; none where no GPU can read it."""
+    words = host_words(run.bank)
     if words is None:
-        return None
+        return {}
     width = -(-store_of(run.bank).layout.fields[-1].stop // 8)
-    kernel = PinnedReads(words, width, rows_asked(run.bank, run.sizes.chunk), run.bank.device)
-    kernel.choose(next(indices(run, 1)))
-    return kernel
+    tables = {"kernel": pinned_table(len(words) // 2 + 1, words.shape[1]), "kernel-there": words}
+    kernels = {}
+    for name, table in tables.items():
+        kernels[name] = PinnedReads(table, width, rows_asked(run.bank, run.sizes.chunk), run.bank.device)
+        kernels[name].choose(next(indices(run, 1)) // (2 if name == "kernel" else 1))
+    return kernels
 
 
 def by_bus(run: Run) -> dict[str, list[float]]:
@@ -161,13 +167,16 @@ def by_bus(run: Run) -> dict[str, list[float]]:
     return {"bus-copy": list(bus_copy(run.bank.device).samples)} if run.on_gpu else {}
 
 
-def by_kernel(run: Run, kernel: PinnedReads) -> dict[str, list[float]]:
-    """GB/s that the kernel delivers of the next chunks."""
-    asked = list(indices(run, READ + 1))
-    size = 1e3 * run.delivered(run.sizes.chunk)
-    plain = [size / took for took in kernel.milliseconds(asked)]
-    ascending = [size / took for took in kernel.milliseconds([index.unique() for index in asked])]
-    return {"kernel": plain, "kernel-sorted": ascending}
+def by_kernels(run: Run, kernels: Mapping[str, PinnedReads]) -> dict[str, list[float]]:
+    """GB/s that each kernel delivers of the next chunks."""
+    found = {}
+    for name, kernel in kernels.items():
+        asked = [index // (2 if name == "kernel" else 1) for index in indices(run, READ + 1)]
+        size = 1e3 * run.delivered(run.sizes.chunk)
+        found[name] = [size / took for took in kernel.milliseconds(asked)]
+        ascending = kernel.milliseconds([index.unique() for index in asked])
+        found[f"{name}-sorted"] = [size / took for took in ascending]
+    return found
 
 
 def indices(run: Run, chunks: int) -> Iterator[Tensor]:

@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_engram.bench.timing import median, milliseconds
+from torch_engram.stores.pages import private_memory, require_room
+from torch_engram.stores.pinned import register
 
 SHAPES = ((1, 1), (4, 4), (16, 4), (16, 8))
 """Rows and warps of a program; the quickest is taken."""
@@ -36,6 +38,16 @@ def read_rows(table: Tensor, index: Tensor, out: Tensor, shape: tuple[int, int])
         table, index, out, len(index), STRIDE=table.shape[1], WORDS=width, SPAN=triton.next_power_of_2(width),
         ROWS=rows, num_warps=warps,
     )  # fmt: skip
+
+
+def pinned_table(rows: int, words: int) -> Tensor:
+    """Zeros int64 ``[rows, words]`` in pinned memory. Raises ``MemoryError`` or ``RuntimeError`` when there is none."""
+    size = rows * words * 8
+    require_room(size)
+    memory = private_memory(size)
+    table = torch.from_numpy(memory).view(torch.int64).view(rows, words).zero_()
+    register(table, memory)
+    return table
 
 
 class PinnedReads:

@@ -20,6 +20,8 @@ from torch_engram.config import EngramConfig
 from torch_engram.memory import MemoryBank
 from torch_engram.stores import LoadedStore, NgramCache, RecordLayout, SharedHostStore, make_keys
 from torch_engram.stores.layouts import LAYOUTS, components_of
+from torch_engram.stores.pages import map_shared
+from torch_engram.stores.shared_memory import Segment
 from torch_engram.stores.synthetic import random_component
 from torch_engram.stores.tensor_files import encode_header, file_size
 
@@ -83,26 +85,24 @@ def store_of(bank: MemoryBank) -> SharedHostStore | LoadedStore:
     return store
 
 
-def pinned_words(bank: MemoryBank) -> Tensor | None:
-    """The table int64 ``[rows, nbytes / 8]`` in host memory that is pinned for the bank's GPU, so that kernels can read
-    it there; None without a GPU, and where it cannot be pinned."""
+def host_words(bank: MemoryBank) -> Tensor | None:
+    """The table int64 ``[rows, nbytes / 8]`` in host memory as kernels of the bank's GPU reach it; None without a GPU,
+    and where it does not."""
     store = store_of(bank)
     if bank.device.type != "cuda" or not isinstance(store, SharedHostStore):
         return None
-    key = make_keys(bank.tables[0].space, torch.zeros(1, dtype=torch.int64, device=bank.device))
-    store.fetch(key)  # the first one pins the table
-    return store._reads_of(key.device).words
+    return store._reads_of(torch.device(bank.device.type, torch.cuda.current_device())).words
 
 
 def writable_records(bank: MemoryBank) -> Tensor:
     """The table uint8 ``[rows, nbytes]`` in a map that may be written to."""
-    store, words = store_of(bank), pinned_words(bank)
-    if isinstance(store, LoadedStore):
-        return store.table.records
-    if words is not None:
-        return words.view(torch.uint8)
-    shape = store.table.records.shape
-    return torch.from_numpy(store._writable()[: shape.numel()]).view(shape)
+    table = store_of(bank).table
+    if isinstance(table.memory, Segment):
+        mapped = map_shared(table.memory.descriptor, table.memory.size, writable=True)
+        return torch.from_numpy(mapped).view(table.records.shape)
+    if table.memory is not None:
+        table.words.zero_()  # pages come from the CPU's threads, and not one by one from copies
+    return table.records
 
 
 def fill(records: Tensor, layout: RecordLayout, device: torch.device) -> None:

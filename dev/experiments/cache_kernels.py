@@ -48,7 +48,7 @@ def layout_of(codec: str, dim: int = DIM) -> RecordLayout:
 
 
 def random_store(layout: RecordLayout, host: bool = False) -> DeviceStore | HostStore:
-    store = HostStore(layout, SPACES, pinned=GPU) if host else DeviceStore(layout, SPACES, DEVICE)
+    store = HostStore(layout, SPACES, for_gpu=GPU) if host else DeviceStore(layout, SPACES, DEVICE)
     records = store.table.records
     for start in range(0, len(records), 2**20):
         part = records[start : start + 2**20]

@@ -114,9 +114,8 @@ def test_every_case_of_the_claims_is_measured_and_small_sizes_are_not_recorded(
         monkeypatch.setattr(script, name, few)
     # a GPU's part, as far as a CPU has it
     monkeypatch.setattr(script, "by_bus", lambda _: {"bus-copy": [1.0, 2.0, 3.0]})
-    monkeypatch.setattr(
-        script, "pinned_words", lambda bank: sparse_tables.store_of(bank).table.records.view(torch.int64)
-    )
+    monkeypatch.setattr(script, "host_words", lambda bank: sparse_tables.store_of(bank).table.records.view(torch.int64))
+    monkeypatch.setattr(script, "pinned_table", lambda rows, words: torch.zeros(rows, words, dtype=torch.int64))
     sizes = run.Sizes(
         gigabytes=0.01, cache="1MB", warm=64, chunk=4, turns=2, alone=2, sequences=3, steps=53, steps_of_one=54,
         general_steps=52,

@@ -199,7 +199,7 @@ def test_records_of_every_store_codec_and_cache(files: Files, where: str, cache:
         case "device":
             store = LoadedStore(tables, layout, cpu)
         case "writable-host":
-            store = HostStore(layout, {0: named.rows}, pinned=False)
+            store = HostStore(layout, {0: named.rows}, for_gpu=False)
         case "writable-device":
             store = DeviceStore(layout, {0: named.rows}, cpu)
         case _:

@@ -72,7 +72,7 @@ class FailingStore(HostStore):
 
 
 def failing(layout: RecordLayout, spaces: Mapping[int, int], device: torch.device) -> FailingStore:
-    return FailingStore(layout, spaces, pinned=False)
+    return FailingStore(layout, spaces, for_gpu=False)
 
 
 def test_a_fetch_that_fails_is_told_and_the_next_ones_are_right(make_bank: Make) -> None:

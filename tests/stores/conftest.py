@@ -59,9 +59,9 @@ def store_of(request: pytest.FixtureRequest, cache: str) -> StoreOf:
             case "device-cuda":
                 return DeviceStore(layout, spaces, "cuda")
             case "host":
-                return HostStore(layout, spaces, pinned=False)
+                return HostStore(layout, spaces, for_gpu=False)
             case _:
-                return HostStore(layout, spaces, pinned=True)
+                return HostStore(layout, spaces, for_gpu=True)
 
     return make
 

@@ -57,7 +57,7 @@ def test_never_a_row_older_than_what_is_acknowledged(
 ) -> None:
     """Every record tells the epoch it was written at; a fetch may see a newer write, never an older one."""
     torch.manual_seed(seed)
-    made = stores[where](LAYOUT, SPACES, DEVICE) if where != "host" else HostStore(LAYOUT, SPACES, pinned=False)
+    made = stores[where](LAYOUT, SPACES, DEVICE) if where != "host" else HostStore(LAYOUT, SPACES, for_gpu=False)
     store = cached(made, times * TINY, "cpu")
     assert isinstance(store, WritableCachedStore)
     written: dict[int, list[int]] = {}
@@ -91,7 +91,7 @@ class Meanwhile:
     """A host store in whose fetch something happens: before the rows are read, or after."""
 
     def __init__(self, before: bool):
-        self.inner, self.before = HostStore(LAYOUT, SPACES, pinned=False), before
+        self.inner, self.before = HostStore(LAYOUT, SPACES, for_gpu=False), before
         self.layout, self.spaces, self.grouped = self.inner.layout, self.inner.spaces, False
         self.then: Callable[[], object] = int
 
@@ -135,7 +135,7 @@ def test_what_is_written_while_rows_are_fetched_is_in_the_cache_then(before: boo
 
 def test_reads_and_writes_on_several_threads() -> None:
     """Writers give rows ever larger numbers; no reader ever sees one shrink below what was acknowledged before."""
-    store, stop = WritableCachedStore(HostStore(LAYOUT, SPACES, pinned=False), TINY, "cpu"), threading.Event()
+    store, stop = WritableCachedStore(HostStore(LAYOUT, SPACES, for_gpu=False), TINY, "cpu"), threading.Event()
     failures: list[object] = []
 
     def read(seed: int) -> None:

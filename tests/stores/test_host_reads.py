@@ -12,10 +12,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torch_engram.stores import HostStore, Plane, RecordLayout, Store, host_asks, host_reads, make_keys, staging
+from torch_engram.stores import (
+    HostStore,
+    Plane,
+    RecordLayout,
+    Store,
+    host_asks,
+    host_memory,
+    host_reads,
+    make_keys,
+    staging,
+)
 from torch_engram.stores.asks import PlainAsk, new_ask
 from torch_engram.stores.host_asks import SHARES, HostAsk
-from torch_engram.stores.host_reads import HostReads, divide
+from torch_engram.stores.host_memory import PrivateMemory, UnifiedMemory, own_memory
+from torch_engram.stores.host_reads import ALL, HostReads, divide
+from torch_engram.stores.pages import private_memory
 from torch_engram.stores.staging import Staging
 from torch_engram.stores.table import RecordTable
 
@@ -24,8 +36,11 @@ KERNELS = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 reuse = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 
 
-def random_table(rows: int = 50, width: int = 6, pinned: bool = False) -> RecordTable:
-    table = RecordTable(RecordLayout((Plane("value", width, "fp32"),)), {0: rows, 3: 7}, CPU, pinned=pinned)
+def random_table(rows: int = 50, width: int = 6, reached: bool = False) -> RecordTable:
+    """``reached``: in memory that can be pinned, and not unified, whatever the machine."""
+    layout, spaces = RecordLayout((Plane("value", width, "fp32"),)), {0: rows, 3: 7}
+    memory = PrivateMemory(private_memory((rows + 7) * layout.nbytes)) if reached else None
+    table = RecordTable(layout, spaces, CPU, memory)
     table.records.random_(256)
     return table
 
@@ -97,7 +112,7 @@ def memory_of(table: RecordTable) -> Any:
 def reads_of(table: RecordTable, first: int, share: int) -> HostReads:
     """Reads by both ways, on a GPU where there is one."""
     if KERNELS.type == "cuda":
-        table = RecordTable(table.layout, table.spaces, CPU, pinned=True)
+        table = RecordTable(table.layout, table.spaces, CPU, own_memory(table.records.nbytes))
         table.records.random_(256)
     reads = HostReads(table, KERNELS)
     reads.words, reads.records, reads._division = table.words, table.records, (first, share)
@@ -106,27 +121,56 @@ def reads_of(table: RecordTable, first: int, share: int) -> HostReads:
 
 def test_a_table_that_cannot_be_pinned_is_gathered_by_the_cpu_with_a_warning(runtime_of: Any) -> None:
     runtime_of(2)
-    table, keys = random_table(), torch.tensor([3, 1, 49])
+    table, keys = random_table(reached=True), torch.tensor([3, 1, 49])
     with pytest.warns(UserWarning, match=r"cannot be pinned \(CUDA error 2 for 0\.0 GB\): the CPU gathers") as caught:
-        reads = HostReads(table, CPU, lambda: memory_of(table))
+        reads = HostReads(table, CPU)
     assert len(caught) == 1 and reads.words is None and reads.new_ask(1).by_gpu(1) == 0
     for _ in range(2):
         assert torch.equal(reads.fetch(keys), table.records[keys])
-    with pytest.warns(UserWarning, match=r"cannot be pinned \(CUDA error 2 for 0\.0 GB\): copies to GPUs are slower"):
-        unpinned = random_table(pinned=True)
-    assert not unpinned.pinned
 
 
-def test_a_table_is_pinned_as_long_as_it_is_read(runtime_of: Any) -> None:
-    runtime, table = runtime_of(0), random_table()
-    reads = [HostReads(table, CPU, lambda: memory_of(table))]
-    assert runtime.pinned == [memory_of(table).ctypes.data] and reads[0].words is not None
+def test_a_table_is_pinned_once_and_as_long_as_it_is_there(runtime_of: Any) -> None:
+    runtime, tables = runtime_of(0), [random_table(reached=True)]
+    reads = [HostReads(tables[0], CPU) for _ in range(2)]
+    assert runtime.pinned == [memory_of(tables[0]).ctypes.data] and reads[0].words is not None
     reads.clear()
-    assert not runtime.pinned
-    tables = [random_table(pinned=True)]
-    assert tables[0].pinned and runtime.pinned == [memory_of(tables[0]).ctypes.data]
     tables.clear()
     assert not runtime.pinned
+
+
+def test_without_unified_memory_a_table_is_pinned_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(size: int) -> None:
+        raise RuntimeError("the CPU may not use it while a GPU does")
+
+    monkeypatch.setattr(host_memory, "UnifiedMemory", refuse)
+    with pytest.warns(
+        UserWarning, match=r"no unified memory .*the CPU may not use it while a GPU does.* slower"
+    ) as caught:
+        memory = own_memory(5000)
+    assert len(caught) == 1 and isinstance(memory, PrivateMemory) and not memory.bytes.any()
+    with pytest.raises(MemoryError, match="are wanted"):
+        own_memory(1 << 60)
+
+
+@pytest.mark.gpu
+def test_unified_memory_is_one_for_the_cpu_and_a_gpu() -> None:
+    from torch_engram.stores.ask_kernels import read_triton
+
+    memory = UnifiedMemory(5 << 20)
+    words = torch.from_numpy(memory.bytes).view(torch.int64)
+    assert not words.any()
+    words.copy_(torch.arange(len(words)))
+    there = torch.from_numpy(memory.reach(torch.device("cuda"))).view(torch.int64)
+    keys = torch.randint(len(words), (999,), device="cuda")
+    for added in range(3):  # written anew by the CPU each time, and read by the GPU where it is
+        words += added
+        out, count = torch.zeros(999, 8, dtype=torch.uint8, device="cuda"), torch.full((2,), 999, device="cuda")
+        zeros = torch.zeros(1, dtype=torch.int64, device="cuda")
+        read_triton(there[:, None], keys, count, zeros, zeros + len(words), 999, 0, out)
+        assert torch.equal(out.view(torch.int64)[:, 0].cpu(), words[keys.cpu()])
+    kept = memory.bytes[8:16]
+    del memory, words, there
+    assert kept.view("int64")[0] == 1 + 1 + 2
 
 
 @reuse
@@ -143,7 +187,7 @@ def test_a_batch_divided_in_any_way_has_its_rows(form: str, count: int, first: i
         ask.sent()
         with ask.beside():
             ask.read()
-        found = ask.bring()
+        found = ask.bring()[:count]
         assert torch.equal(found.cpu(), reads.table.records[reads.table.index(keys[:count])])
     assert ask.alone == (ask.by_gpu(count + slack) == count + slack)
     assert torch.equal(reads.fetch(on_device[:count]).cpu(), found.cpu())
@@ -160,41 +204,53 @@ def test_a_row_that_is_not_there_is_named(form: str, first: int, key: int | Tens
     with pytest.raises(ValueError, match=message):
         reads.fetch(torch.tensor([1, int(key), 2], device=KERNELS))
     assert len(reads.fetch(torch.tensor([1, 2], device=KERNELS))) == 2
+    ask = HostAsk(reads, 2, (first, 0))
+    if ask.alone:  # nobody waits for it, so the next batch says so
+        wanted, count = torch.tensor([1, int(key)], device=KERNELS), torch.tensor([2, 0], device=KERNELS)
+        ask.send(wanted, count)
+        ask.sent()
+        ask.read()
+        torch.cuda.synchronize() if KERNELS.type == "cuda" else None
+        with pytest.raises(ValueError, match=message):
+            ask.check()
+        ask.check()
 
 
 def test_each_way_is_measured_alone(runtime_of: Callable[[int], Runtime], monkeypatch: pytest.MonkeyPatch) -> None:
     runtime_of(0)
-    table, real = random_table(), host_reads._cpu_seconds
-    measured: dict[str, list[int]] = {"gpu": [], "cpu": []}
+    table, real = random_table(reached=True), host_reads._whole_seconds
+    measured: dict[str, list[int]] = {"gpu": [], "cpu": [], "both": []}
 
     def by_gpu(ask: HostAsk, keys: Tensor) -> float:
         assert ask.by_gpu(len(keys)) == len(keys)
         measured["gpu"] += [len(keys)]
         return 1e-6 + 3e-6 * len(keys)
 
-    def by_cpu(ask: HostAsk, keys: Tensor) -> float:
-        assert ask.by_gpu(len(keys)) == 0 and real(ask, keys) >= 0
-        assert torch.equal(ask.records, table.gather(keys))
-        measured["cpu"].append(len(keys))
-        return 17e-6 + 1e-6 * len(keys)
+    def whole(ask: HostAsk, keys: Tensor) -> float:
+        assert real(ask, keys) >= 0 and torch.equal(ask.records, table.gather(keys))
+        measured["both" if ask.by_gpu(len(keys)) else "cpu"].append(len(keys))
+        return both if ask.by_gpu(len(keys)) else 17e-6 + 1e-6 * len(keys)
 
     monkeypatch.setattr(host_reads, "_gpu_seconds", by_gpu)
-    monkeypatch.setattr(host_reads, "_cpu_seconds", by_cpu)
+    monkeypatch.setattr(host_reads, "_whole_seconds", whole)
     monkeypatch.setattr(host_reads, "_SIZES", (4, 16))
-    state = torch.get_rng_state()
-    reads = HostReads(table, CPU, lambda: memory_of(table))
+    state, both = torch.get_rng_state(), 49e-6 / 1.26
+    reads = HostReads(table, CPU)
     ask = reads.new_ask(16)
     assert torch.equal(torch.get_rng_state(), state)
     assert reads._division == (4, SHARES // 4) and ask.by_gpu(5) == 5 and ask.by_gpu(16) == 8
+    both = 49e-6 / 1.24  # they gain too little
+    alone = HostReads(table, CPU)
+    assert alone._division == ALL and alone.new_ask(10**6).alone
     monkeypatch.setattr(host_reads, "divide", lambda *_: (0, 0))
     assert reads.new_ask(16).by_gpu(16) == 0 and ask.by_gpu(16) == 8  # what was recorded of it is as it was
-    assert set(measured["gpu"]) == set(measured["cpu"]) == {4, 16}
+    assert set(measured["gpu"]) == set(measured["cpu"]) == {4, 16} and set(measured["both"]) == {16}
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_any_store_can_be_asked(device: str) -> None:
     layout = RecordLayout((Plane("value", 6, "fp32"),))
-    store: Store = HostStore(layout, {0: 9}, pinned=False)
+    store: Store = HostStore(layout, {0: 9}, for_gpu=False)
     store.table.records.random_(256)  # type: ignore[attr-defined]
     ask = PlainAsk(store, 9, torch.device(device))
     for keys in ([3, 1, 3], [], [8]):

@@ -11,7 +11,7 @@ from torch_engram.stores import DeviceStore, HostStore, Plane, RecordLayout, Wri
 
 MAKERS = {
     "device": lambda layout, spaces: DeviceStore(layout, spaces, "cpu"),
-    "host": lambda layout, spaces: HostStore(layout, spaces, pinned=False),
+    "host": lambda layout, spaces: HostStore(layout, spaces, for_gpu=False),
 }
 
 

@@ -23,9 +23,11 @@ from torch_engram.stores import (
     shared_memory,
 )
 from torch_engram.stores.gather import gather_rows
+from torch_engram.stores.host_memory import UnifiedMemory
 from torch_engram.stores.loaded import reencode
 from torch_engram.stores.named_tables import find_tables
 from torch_engram.stores.recycled import _free, recycled
+from torch_engram.stores.shared_memory import Segment
 from torch_engram.stores.synthetic import synthesise
 from torch_engram.stores.tensor_files import tensors_in
 
@@ -48,8 +50,8 @@ def table_in(folder: Path, seed: int = 0, codec: str = "fp8") -> FileRows:
 
 
 def inode(store: SharedHostStore) -> int:
-    assert store.segment is not None
-    return os.fstat(store.segment.descriptor).st_ino
+    assert isinstance(store.table.memory, Segment)
+    return os.fstat(store.table.memory.descriptor).st_ino
 
 
 def test_what_a_store_holds_decides_which_memory_is_shared(tmp_path: Path) -> None:
@@ -163,9 +165,11 @@ def test_memory_of_results_is_used_again_only_when_nobody_holds_them() -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_gets_the_same_rows_by_both_ways(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_gpu_gets_the_same_rows_by_both_ways(tmp_path: Path, shared: bool) -> None:
     table = table_in(tmp_path / "a")
-    store, device = SharedHostStore({0: table}, table.layout), torch.device("cuda")
+    store, device = SharedHostStore({0: table}, table.layout, shared), torch.device("cuda")
+    assert isinstance(store.table.memory, Segment if shared else UnifiedMemory)
     expected = table.read(0, ROWS)
     store.fetch(torch.arange(ROWS, device=device))
     for first in (0, 1 << 62):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from torch_engram.stores import pages, shared_memory
+from torch_engram.stores.host_memory import PrivateMemory
 from torch_engram.stores.pages import HUGE, Bytes, private_memory, require_room
 from torch_engram.stores.shared_memory import NoSharedMemory, Segment, node_memory, remove_left_over
 
@@ -74,7 +75,7 @@ def steps() -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
 
 def hold(reached: Callable[[], None], fill: Callable[[Bytes], None] = fill) -> None:
     segment = Segment("a", SIZE, fill)
-    assert is_whole(segment.memory)
+    assert is_whole(segment.bytes)
     reached()
     time.sleep(60)
 
@@ -86,7 +87,7 @@ def test_processes_share_one_copy(folder: Path) -> None:
     def share() -> None:
         second = Segment("a", SIZE, never)
         assert os.fstat(second.descriptor).st_ino == one.st_ino
-        assert is_whole(second.memory)
+        assert is_whole(second.bytes)
 
     assert all(ended_well(child) for child in [process(share) for _ in range(3)])
     share()
@@ -110,7 +111,7 @@ def test_a_filler_that_is_killed_leaves_nothing_that_is_used(steps: tuple[Callab
         child = process(lambda: Segment("a", SIZE, half))
         wait()
         kill(child)
-    assert is_whole(Segment("a", SIZE, fill).memory)
+    assert is_whole(Segment("a", SIZE, fill).bytes)
 
 
 def test_others_wait_for_the_filler_and_take_over_when_it_is_killed(steps: tuple[Callable[[], None], ...]) -> None:
@@ -145,16 +146,16 @@ def test_a_holder_that_is_killed_harms_nobody(folder: Path, steps: tuple[Callabl
     wait()
     mine = Segment("a", SIZE, never)
     kill(filler)
-    assert is_whole(mine.memory)
+    assert is_whole(mine.bytes)
     later = process(lambda: hold(reached, never))  # which finds it by what this process holds
     wait()
-    memory = mine.memory
+    memory = mine.bytes
     del mine
     assert is_whole(memory)  # what is mapped stays
-    assert is_whole(Segment("a", SIZE, never).memory)
+    assert is_whole(Segment("a", SIZE, never).bytes)
     kill(later)
     assert len(list(folder.iterdir())) == 1
-    assert is_whole(Segment("a", SIZE, fill).memory)  # the last one has gone, and the memory with it
+    assert is_whole(Segment("a", SIZE, fill).bytes)  # the last one has gone, and the memory with it
 
 
 def test_what_the_killed_leave_behind_is_a_line_and_is_removed(
@@ -184,7 +185,7 @@ def test_a_process_that_took_the_number_of_a_holder_is_not_taken_for_it(folder: 
         other = os.memfd_create(name)
         inode = os.fstat(segment.descriptor).st_ino
         listed.write_text(f"{os.getpid()} {other} {inode}\n{os.getpid()} 0 {inode}\n999999999 3 {inode}\n")
-        assert is_whole(Segment("a", SIZE, fill).memory)
+        assert is_whole(Segment("a", SIZE, fill).bytes)
         os.close(other)
 
 
@@ -199,7 +200,7 @@ def test_two_fillers_at_once_fill_once(folder: Path) -> None:
     def work() -> None:
         reading, writing = barriers
         segment = Segment("a", SIZE, counting)
-        assert is_whole(segment.memory)
+        assert is_whole(segment.bytes)
         os.close(writing)
         os.read(reading, 1)  # until the others have it too
 
@@ -220,7 +221,7 @@ def test_what_fill_raises_is_raised_and_leaves_nothing(folder: Path) -> None:
     with pytest.raises(OSError, match="the disk is broken"), warnings.catch_warnings():
         node_memory("a", SIZE, fails)
     assert not list(folder.iterdir())
-    assert is_whole(Segment("a", SIZE, fill).memory)
+    assert is_whole(Segment("a", SIZE, fill).bytes)
 
 
 def refuse(*_: object) -> None:
@@ -240,8 +241,8 @@ def test_without_memory_to_share_every_process_has_its_own_with_a_warning(
     else:
         monkeypatch.setattr(os, "write", refuse)
     with pytest.warns(UserWarning, match=r"cannot share this table \(.*keeps 0\.0 GB of its own") as caught:
-        memory, segment = node_memory("a", SIZE, lambda memory: memory.fill(7))
-    assert len(caught) == 1 and segment is None and (memory == 7).all()
+        memory = node_memory("a", SIZE, lambda memory: memory.fill(7))
+    assert len(caught) == 1 and isinstance(memory, PrivateMemory) and (memory.bytes == 7).all()
     with pytest.raises(NoSharedMemory):
         Segment("a", SIZE, fill)
     assert not list(folder.iterdir())
@@ -252,15 +253,15 @@ def test_another_users_small_file_is_not_trusted(folder: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "getuid", lambda: user)
     (folder / f"{shared_memory._prefix()}a").touch()
     with pytest.warns(UserWarning, match="belongs to another user"):
-        assert is_whole(node_memory("a", SIZE, fill)[0])
+        assert is_whole(node_memory("a", SIZE, fill).bytes)
 
 
 def test_pages_are_huge_where_the_system_grants_it_and_whole_where_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     segment = Segment("a", SIZE, fill)
     asked = pages._LIBC.madvise
-    assert segment.memory.ctypes.data % HUGE == 0 and is_whole(segment.memory)
+    assert segment.bytes.ctypes.data % HUGE == 0 and is_whole(segment.bytes)
     monkeypatch.setattr(pages._LIBC, "madvise", lambda *_: -1)
-    assert is_whole(Segment("b", SIZE, fill).memory)
+    assert is_whole(Segment("b", SIZE, fill).bytes)
     assert not private_memory(SIZE).any()
     monkeypatch.setattr(pages._LIBC, "madvise", asked)
 

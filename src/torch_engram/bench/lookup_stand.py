@@ -16,8 +16,7 @@ from torch_engram.bench.lookups import LookupTimes, require_right, time_lookups,
 from torch_engram.config import EngramConfig, nearest
 from torch_engram.data.tokenizers import end_token_id
 from torch_engram.memory import MemoryBank
-from torch_engram.memory.file_tables import IN_PLACE
-from torch_engram.memory.placement import PLACEMENTS
+from torch_engram.memory.file_tables import IN_PLACE, LOADED
 from torch_engram.stores import FileRows
 from torch_engram.stores.named_tables import NamedTable
 from torch_engram.train import get_recipe
@@ -46,12 +45,11 @@ _CACHED = (
 def choose_placements(names: Sequence[str], device: str) -> list[str]:
     """These placements, or all that differ on ``device``. Raises ``ValueError`` with the nearest name for one that is
     none."""
-    known = [*IN_PLACE, "host", "device"]
-    assert set(known) == {*IN_PLACE, *PLACEMENTS}
+    known = [*IN_PLACE, *LOADED]
     for name in names:
         if name not in known:
             raise ValueError(f"There is no placement {name!r}: {nearest(name, known)}")
-    return list(dict.fromkeys(names)) or known[: None if device == "cuda" else -1]
+    return list(dict.fromkeys(names)) or (known if device == "cuda" else [*IN_PLACE, "host"])
 
 
 def read_text(text: str, tokenizer: str | None, cache: Path) -> Text:

@@ -98,6 +98,9 @@ class CachedFetch:
         self._begun: list[tuple[NgramCache, Begun]] = []
         self._brought: list[Tensor] = []
 
+    alone = False
+    """What has begun shares a stream with what is placed."""
+
     def begin(self) -> None:
         """See :class:`~torch_engram.memory.prefetching.Fetch`."""
         found = self._lookups.result()

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import distributed
 
 from torch_engram.config import nearest
-from torch_engram.memory.placement import PLACEMENTS, StoreFactory
+from torch_engram.memory.placement import StoreFactory
 from torch_engram.memory.saved import is_memory
 from torch_engram.memory.tables import Table
 from torch_engram.stores import DiskStore, FileRows, LoadedStore, RecordLayout, SharedHostStore, Store
@@ -21,6 +22,8 @@ from torch_engram.stores.tensor_files import tensors_in
 NEVER_WRITTEN = "Tables in files are only read, and never written to: leave out the optimizer."
 IN_PLACE = {"disk": False, "disk-direct": True}
 """Placements that read files in place, and whether past the page cache."""
+LOADED = ("host", "host-shared", "device")
+"""Placements that load files."""
 
 Tables = str | os.PathLike[str] | Mapping[int, NamedTable | tuple[str | os.PathLike[str], str]]
 """A file or a folder of shards whose tensors' names say their layers; or for every layer its table, or file (or folder)
@@ -35,7 +38,7 @@ class FileTables:
     """
 
     def __init__(self, tables: Tables, wanted: Sequence[Table], codec: str | None, placement: str | StoreFactory):
-        if not isinstance(placement, str) or placement not in (*IN_PLACE, *PLACEMENTS):
+        if not isinstance(placement, str) or placement not in (*IN_PLACE, *LOADED):
             raise ValueError(
                 f"There is no placement {placement!r} for tables in files: {nearest(str(placement), _placements())}"
             )
@@ -62,7 +65,10 @@ class FileTables:
             return DiskStore(rows, direct=IN_PLACE[self._placement])
         where = device if self._placement == "device" else torch.device("cpu")
         try:
-            return SharedHostStore(rows, layout) if self._placement == "host" else LoadedStore(rows, layout, device)
+            if self._placement == "device":
+                return LoadedStore(rows, layout, device)
+            own = self._placement == "host" and device.type == "cuda" and _is_alone()
+            return SharedHostStore(rows, layout, shared=not own)
         except (MemoryError, torch.OutOfMemoryError) as error:
             size = sum(table.rows for table in rows.values()) * layout.nbytes / 2**30
             raise ValueError(
@@ -70,8 +76,14 @@ class FileTables:
             ) from error
 
 
+def _is_alone() -> bool:
+    """Whether this process is the only one of its launch on this machine, as far as launchers say."""
+    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return not several and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1
+
+
 def _placements() -> list[str]:
-    return [*IN_PLACE, *PLACEMENTS]
+    return [*IN_PLACE, *LOADED]
 
 
 def _by_space(tables: Tables, wanted: Sequence[Table]) -> Iterator[tuple[int, NamedTable]]:

@@ -38,8 +38,15 @@ class Lane:
         self._dead = torch.zeros_like(self._start)
         self._from_host = [pinned(shape, tensor.dtype, device) for tensor in (self._ids, self._start)]
         self._stranger = pinned((1,), torch.bool, device).zero_()
+        self._strange = self._stranger.numpy()  # the same byte
+        self._copied, self._placed = torch.cuda.Event(), torch.cuda.Event()
         self._replay = CachedReplay(cache, [table.space for table in tables], self._addressed)
         self._values = len(tables[0].orders) * tables[0].dim
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody has to wait for what has begun before it is placed."""
+        return self._replay.alone and not self._given.is_cuda
 
     def _addressed(self) -> tuple[Tensor, Tensor]:
         found = self._addressing.rows_at_once(self._ids, self._start, self._dead, 0, self._stranger)
@@ -47,22 +54,30 @@ class Lane:
         return mixes, rows
 
     def begin(self, tokens: Tokens) -> None:
-        """Look for what these tokens read, on the current stream."""
-        self._tokens = tokens
+        """Look for what these tokens read, on the current stream. Raises ``ValueError`` for an id on the host that is
+        outside the vocabulary."""
+        if not tokens.ids.is_cuda:
+            self._addressing.require_known(tokens.ids)
+        self._copied.synchronize()
+        self._placed.wait()
         self._place(tokens.ids, self._ids, self._from_host[0])
         if tokens.doc_start is None:
             self._start.zero_()
         else:
             self._place(tokens.doc_start, self._start, self._from_host[1])
+        self._copied.record()
+        self._given = tokens.ids
         self._replay.begin()
 
     def bring(self) -> None:
         """Have the host bring what is missing. Raises what the store's ``fetch`` does."""
+        if self._given.is_cuda:
+            self._replay.wait_until_found()
         self._replay.bring()
 
     def place(self, layers: int, dtype: torch.dtype) -> Tensor:
-        """The embeddings ``[L, B·T, E]``. Raises ``ValueError`` for an id outside the vocabulary, and what the store's
-        ``fetch`` did for a read before this one."""
+        """The embeddings ``[L, B·T, E]``. Raises what the store's ``fetch`` did for a read before this one, and
+        ``ValueError`` for an id outside the vocabulary where ids are on the device."""
         positions = self.shape[0] * self.shape[1]
         try:
             out = torch.empty(layers, positions, self._values, dtype=dtype, device=self._ids.device)
@@ -70,16 +85,17 @@ class Lane:
             self._replay.abandon(error)
             raise
         self._replay.place(out)
-        if self._stranger[0]:
-            self._stranger.fill_(False)
-            self._addressing.require_known(self._tokens.ids)
+        self._placed.record()
+        if self._given.is_cuda and self._strange[0]:
+            self._strange[0] = False
+            self._addressing.require_known(self._given)
         return out
 
     def _place(self, given: Tensor, target: Tensor, from_host: Tensor) -> None:
         if given.is_cuda:
             given.record_stream(torch.cuda.current_stream(target.device))
             target.copy_(given)
-        else:  # the last copy from there was waited for when its rows were brought
+        else:
             target.copy_(from_host.copy_(given), non_blocking=True)
 
 
@@ -143,6 +159,11 @@ class LaneFetch:
         except BaseException:
             self._lanes.give_back(self._lane)
             raise
+
+    @property
+    def alone(self) -> bool:
+        """See :class:`~torch_engram.memory.prefetching.Fetch`."""
+        return self._lane.alone
 
     def bring(self) -> None:
         """See :class:`~torch_engram.memory.prefetching.Fetch`."""

@@ -29,7 +29,7 @@ StoreFactory = Callable[[RecordLayout, Mapping[int, int], torch.device], Store]
 
 PLACEMENTS: dict[str, StoreFactory] = {
     "device": DeviceStore,
-    "host": lambda layout, spaces, device: HostStore(layout, spaces, pinned=device.type == "cuda"),
+    "host": lambda layout, spaces, device: HostStore(layout, spaces, for_gpu=device.type == "cuda"),
 }
 """Of rows that a bank holds itself."""
 

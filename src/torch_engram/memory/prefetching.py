@@ -1,7 +1,8 @@
 """What a bank does beside the thread that calls it: finding rows, fetching them, and making embeddings of them.
 
 One thread finds and fetches, and does one thing after the other. What a cache misses is brought by a second one and put
-in place by a third, so that the next rows are looked for, and gathered, meanwhile.
+in place by a third, so that the next rows are looked for, and gathered, meanwhile. Where a GPU brings its rows alone,
+the first thread does it all, and what overlaps are streams.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ Prepared = Mapping[int, Future[PreparedLayer]]
 class Fetch(Protocol):
     """What a prefetch reads of caches."""
 
+    @property
+    def alone(self) -> bool:
+        """Whether :meth:`bring` and :meth:`place` of what has begun wait for nothing, and may be enqueued on another
+        stream than :meth:`begin`."""
+
     def begin(self) -> None:
         """Look for it, on the current stream and without waiting for rows. A read that fails here is not finished."""
 
@@ -52,8 +58,8 @@ class Prefetcher:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-prefetch")
         self._bringer = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-bring")
         self._placer = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-place")
-        self._stream, self.aside, finding = (
-            torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(3)
+        self._stream, self.aside, finding, self._placing = (
+            torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(4)
         )
         """``aside`` is for what is done in a step beside the network: newer writes laid over, gradients merged."""
         self._finding = finding if cached else self._stream
@@ -108,7 +114,7 @@ class Prefetcher:
         if not prepared.set_running_or_notify_cancel():
             return
         try:
-            with self._side_stream():
+            with _on(self._stream):
                 lookups.result().wait()
                 found = [lookup(layer) for lookup in lookups.result().batches]
                 masks = [None if mask is None else mask.to(self._device) for mask in live]
@@ -124,38 +130,45 @@ class Prefetcher:
         if not wanted:
             return
         try:
-            with self._side_stream():
+            with _on(self._stream):
                 fetch.begin()
+            if fetch.alone:
+                with _on(self._placing):
+                    fetch.bring()
+                    self._place(fetch, wanted, rows)
+            else:
+                self._bringer.submit(self._bring, fetch, wanted, rows)
         except BaseException as error:
             _fail(wanted, error)
-        else:
-            self._bringer.submit(self._bring, fetch, wanted, rows)
 
     def _bring(self, fetch: Fetch, prepared: Prepared, rows: Rows) -> None:
         try:
-            with self._side_stream():
+            with _on(self._stream):
                 fetch.bring()
+            self._placer.submit(self._place_brought, fetch, prepared, rows)
         except BaseException as error:
             _fail(prepared, error)
-        else:
-            self._placer.submit(self._place, fetch, prepared, rows)
+
+    def _place_brought(self, fetch: Fetch, prepared: Prepared, rows: Rows) -> None:
+        try:
+            with _on(self._stream):
+                self._place(fetch, prepared, rows)
+        except BaseException as error:
+            _fail(prepared, error)
 
     def _place(self, fetch: Fetch, prepared: Prepared, rows: Rows) -> None:
-        try:
-            with self._side_stream():
-                embeddings = fetch.place()
-                for layer, future in prepared.items():
-                    future.set_result(PreparedLayer(rows[layer], embeddings[layer], self.aside))
-        except BaseException as error:
-            _fail(prepared, error)
-
-    def _side_stream(self) -> torch.cuda.StreamContext | nullcontext[None]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        embeddings = fetch.place()
+        for layer, future in prepared.items():
+            future.set_result(PreparedLayer(rows[layer], embeddings[layer], self.aside))
 
     def settle(self) -> None:
         """Return when there is nothing left to enqueue, so that the device is left alone."""
         for thread in (self._worker, self._bringer, self._placer):
             thread.submit(int).result()  # each does one thing after the other
+
+
+def _on(stream: torch.cuda.Stream | None) -> torch.cuda.StreamContext | nullcontext[None]:
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 def _fail(prepared: Prepared, error: BaseException) -> None:

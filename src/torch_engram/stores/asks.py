@@ -29,7 +29,7 @@ class Ask(Protocol):
     """Whether :meth:`read` does anything."""
 
     alone: bool
-    """Whether :meth:`read` brings all of every batch, so that :meth:`bring` can be left out."""
+    """Whether :meth:`read` brings all of every batch, and :meth:`bring` waits for nothing."""
 
     def send(self, keys: Tensor, count: Tensor) -> None:
         """Say what is missing: the first ``count[0]``, of int64 ``[2]``, of ``keys``, both on the device. May be
@@ -48,10 +48,17 @@ class Ask(Protocol):
         :meth:`bring` waits."""
 
     def bring(self) -> Tensor:
-        """The records uint8 ``[count, nbytes]`` of the batch, on the device in the order of the current stream.
+        """The records uint8 ``[count, nbytes]`` of the batch, on the device in the order of the current stream; where
+        the device brings them :attr:`alone`, all that there is room for.
 
         Raises what the store's ``fetch`` does.
         """
+
+    def wait(self) -> None:
+        """Return when the device knows what is missing. Raises what the store's ``fetch`` does."""
+
+    def check(self) -> None:
+        """For who leaves out :meth:`bring`. Raises what the store's ``fetch`` does for a batch that is done."""
 
 
 @runtime_checkable
@@ -99,9 +106,16 @@ class PlainAsk:
 
     def bring(self) -> Tensor:
         """See :class:`Ask`."""
-        if self._sent is not None:
-            self._sent.synchronize()
+        self.wait()
         count = int(self._count[0])
         if not count:
             return self._store.layout.empty(0, self._keys.device)
         return self._store.fetch(self._keys[:count])
+
+    def wait(self) -> None:
+        """See :class:`Ask`."""
+        if self._sent is not None:
+            self._sent.synchronize()
+
+    def check(self) -> None:
+        """Nothing: nobody leaves :meth:`bring` out."""

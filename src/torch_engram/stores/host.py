@@ -1,4 +1,4 @@
-"""The table in host memory, pinned where there is a GPU: rows cross the bus once per use, in both directions.
+"""The table in host memory, within reach of GPUs: rows cross the bus once per use, in both directions.
 
 Writes return at once; one thread carries them out in order and acknowledges them.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_engram.stores.host_asks import HostAsk
+from torch_engram.stores.host_memory import own_memory
 from torch_engram.stores.host_reads import HostReads
 from torch_engram.stores.records import RecordLayout
 from torch_engram.stores.table import RecordTable, TableStore
@@ -23,11 +24,18 @@ _MOST_PENDING = 4
 
 
 class HostStore(TableStore):
-    """A writable store in host memory that serves keys from, and records to, any device."""
+    """A writable store in host memory that serves keys from, and records to, any device.
 
-    def __init__(self, layout: RecordLayout, spaces: Mapping[int, int], pinned: bool | None = None):
-        self._pinned = torch.cuda.is_available() if pinned is None else pinned
-        super().__init__(RecordTable(layout, spaces, torch.device("cpu"), pinned=self._pinned))
+    ``for_gpu``: whether GPUs read its rows where they are; by default, whether there is one. Raises ``MemoryError``
+    when the system has no room for such a table.
+    """
+
+    def __init__(self, layout: RecordLayout, spaces: Mapping[int, int], for_gpu: bool | None = None):
+        for_gpu = torch.cuda.is_available() if for_gpu is None else for_gpu
+        memory = own_memory(sum(spaces.values()) * layout.nbytes) if for_gpu else None
+        super().__init__(RecordTable(layout, spaces, torch.device("cpu"), memory))
+        if for_gpu:
+            self.table.words.zero_()  # all threads make its pages now; a GPU's first touch would make them one by one
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engram-host-writer")
         self._pending: deque[Future[None]] = deque()
         self._reads: dict[torch.device, HostReads] = {}

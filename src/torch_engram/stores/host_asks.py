@@ -37,7 +37,8 @@ class HostAsk:
         self._division = division
         self.reads, self.alone = self.by_gpu(capacity) > 0, self.by_gpu(capacity) == capacity
         self._index = pinned((capacity,), torch.int64, device)
-        self._head = pinned((2,), torch.int64, device).zero_()  # how many, and whether one of them is not there
+        self._head = pinned((2,), torch.int64, device).zero_()
+        self._found = self._head.numpy()  # the same two: how many, and whether one of them is not there
         self._sent = torch.cuda.Event() if device.type == "cuda" else None
         self._beside: torch.cuda.Event | None = None
 
@@ -90,20 +91,37 @@ class HostAsk:
     def bring(self) -> Tensor:
         """See :class:`~torch_engram.stores.asks.Ask`. Raises ``ValueError`` naming a row or a space that is not
         there."""
-        if self._sent is not None:
-            self._sent.synchronize()
-        count, strange = self._head.tolist()
-        if strange:
-            self._head[1] = 0
-            self._ways.table.checked_index(self._keys[:count].cpu())
+        if self.alone:
+            self.check()
+            self._wait_for_read()
+            return self.records
+        self.wait()
+        count = int(self._found[0])
         by_gpu = self.by_gpu(count)
         if by_gpu < count:
             table, index, out = self._ways.records, self._index[by_gpu:count], self.records[by_gpu:count]
             self._ways.staging.move(table, index, out, self._sent)
+        self._wait_for_read()
+        return self.records[:count]
+
+    def _wait_for_read(self) -> None:
         if self._beside is not None:
             torch.cuda.current_stream(self._ways.device).wait_event(self._beside)
             self._beside = None
-        return self.records[:count]
+
+    def wait(self) -> None:
+        """See :class:`~torch_engram.stores.asks.Ask`. Raises ``ValueError`` naming a row or a space that is not
+        there."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        self.check()
+
+    def check(self) -> None:
+        """See :class:`~torch_engram.stores.asks.Ask`."""
+        if self._found[1]:
+            self._found[1] = 0
+            self._ways.table.checked_index(self._keys[: int(self._found[0])].cpu())
+            raise ValueError("A row that was asked for is not in the table: is the configuration the table's?")
 
 
 def send_naive(keys: Tensor, count: Tensor, bases: Tensor, rows: Tensor, index: Tensor, head: Tensor) -> None:

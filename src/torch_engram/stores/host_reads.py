@@ -1,9 +1,10 @@
 """Rows of a table in host memory to a GPU, by two ways at once: staged, and read by the GPU itself.
 
-Staged, the CPU gathers rows into pinned memory and the copy engine moves them. The GPU's own reads need no CPU, but the
-bus takes as long for a row at a random place, however short, as for many times its bytes: they are quicker for few
-rows, and of many they take a share. How a batch is best divided follows from what either way takes, which is measured
-when the first rows are asked for.
+Staged, the CPU gathers rows into pinned memory and the copy engine moves them. The GPU's own reads need no CPU, but
+where the table's pages are small they take as long for a row at a random place, however short, as for many times its
+bytes: they are quicker for few rows, and of many they take a share. Where pages are large the bus is what either way
+waits for, and the GPU does better alone. Which it is, and how a batch is divided, is measured when the first rows are
+asked for.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ import torch
 from torch import Tensor
 
 from torch_engram.stores.host_asks import SHARES, HostAsk
-from torch_engram.stores.pages import Bytes
-from torch_engram.stores.pinned import register
 from torch_engram.stores.records import make_keys
 from torch_engram.stores.staging import Staging
 from torch_engram.stores.table import RecordTable
@@ -29,13 +28,20 @@ _MOST_SECONDS, _MOST_ROUNDS = 0.05, 200
 """How long one of them is repeated: processors that were idle are slow at first."""
 _PAUSES = (0.002, 0.0)
 """Before each: while a model decodes, the threads that gather fall asleep, and have to be woken for every step."""
+_GAIN = 1.25
+"""How much quicker than the GPU alone both ways have to be: the CPU's wants its cores, and somebody who waits."""
+ALL = (1 << 40, 0)
+"""The division of batches that the GPU reads alone."""
+
+
+Way = Callable[[HostAsk, Tensor], float]
+"""Fetches keys and says how long it took."""
 
 
 class HostReads:
-    """Both ways for one GPU. ``writable`` maps the table's memory once more so that it can be pinned; not wanted where
-    it is pinned already. Where it cannot be pinned, all rows are staged, with a warning."""
+    """Both ways for one GPU. Where it cannot reach the table's memory all rows are staged, with a warning."""
 
-    def __init__(self, table: RecordTable, device: torch.device, writable: Callable[[], Bytes] | None = None):
+    def __init__(self, table: RecordTable, device: torch.device):
         self.table, self.device = table, device
         self.staging = Staging(device, table.layout.nbytes)
         self.bases = table.bases.to(device)
@@ -43,17 +49,17 @@ class HostReads:
         """Of every space, 0 for one that is not there."""
         self.beside = torch.cuda.Stream(device) if device.type == "cuda" else None
         """For the GPU's own reads."""
-        self.words = _reachable(self, table, writable)
+        self.words = _reachable(table, device)
         """The table int64 ``[rows, nbytes / 8]`` as the GPU reaches it; None where it does not."""
         self.records = table.records if self.words is None else self.words.view(torch.uint8)
         """The table as the CPU gathers from it: where it is pinned, since that may have moved pages, and another map of
         them looks each up anew."""
-        self._division = (0, 0) if self.words is None else divide(_SIZES, *self._measure())
+        self._division = self._measure_division()
 
     def new_ask(self, capacity: int) -> HostAsk:
-        """An ask that serves for long: how its batches are best divided is measured anew, in a fifth of a second."""
-        division = self._division if self.words is None else divide(_SIZES, *self._measure())
-        return HostAsk(self, capacity, division)
+        """An ask that serves for long: how its batches are best divided is measured anew, in a quarter of a second,
+        unless the GPU does best alone."""
+        return HostAsk(self, capacity, self._division if self._division == ALL else self._measure_division())
 
     def fetch(self, keys: Tensor) -> Tensor:
         """Records uint8 ``[U, nbytes]`` of keys ``[U]`` on the GPU. Raises ``ValueError`` naming a row or a space that
@@ -63,24 +69,34 @@ class HostReads:
         ask.sent()
         with ask.beside():
             ask.read()
+        ask.wait()
         return ask.bring()
 
-    def _measure(self) -> tuple[list[float], list[float]]:
-        """Seconds that the GPU, and the CPU, take for random rows of :data:`_SIZES`."""
-        by_gpu: list[float] = []
-        by_cpu: list[float] = []
+    def _measure_division(self) -> tuple[int, int]:
+        """How a :class:`HostAsk` is to divide its batches."""
+        if self.words is None:
+            return 0, 0
         generator = torch.Generator().manual_seed(0)  # a user's random numbers are left alone
-        for size, pause in zip(_SIZES, _PAUSES, strict=True):
-            for first, way, took in ((size, _gpu_seconds, by_gpu), (0, _cpu_seconds, by_cpu)):
-                ask = HostAsk(self, size, (first, 0))
-                times: list[float] = []
-                end = time.perf_counter() + _MOST_SECONDS
-                while len(times) < 3 or (len(times) < _MOST_ROUNDS and time.perf_counter() < end):
-                    keys = self._random_keys(size, generator)
-                    time.sleep(pause)
-                    times.append(way(ask, keys))
-                took.append(statistics.median(times[len(times) // 2 :]))
-        return by_gpu, by_cpu
+        by_gpu, by_cpu = (
+            [self._seconds(way, each, division, generator) for each in zip(_SIZES, _PAUSES, strict=True)]
+            for way, division in ((_gpu_seconds, ALL), (_whole_seconds, (0, 0)))
+        )
+        division = divide(_SIZES, by_gpu, by_cpu)
+        both = self._seconds(_whole_seconds, (_SIZES[-1], _PAUSES[-1]), division, generator)
+        return ALL if by_gpu[-1] <= _GAIN * both else division
+
+    def _seconds(
+        self, way: Way, fetches: tuple[int, float], division: tuple[int, int], generator: torch.Generator
+    ) -> float:
+        """What a way takes for so many random rows, each time after a pause."""
+        size, pause = fetches
+        ask, times = HostAsk(self, size, division), list[float]()
+        end = time.perf_counter() + _MOST_SECONDS
+        while len(times) < 3 or (len(times) < _MOST_ROUNDS and time.perf_counter() < end):
+            keys = self._random_keys(size, generator)
+            time.sleep(pause)
+            times.append(way(ask, keys))
+        return statistics.median(times[len(times) // 2 :])
 
     def _random_keys(self, size: int, generator: torch.Generator) -> Tensor:
         space, rows = max(self.table.spaces.items(), key=lambda found: found[1])
@@ -120,24 +136,20 @@ def _gpu_seconds(ask: HostAsk, keys: Tensor) -> float:
     return float(begin.elapsed_time(end)) / 1e3
 
 
-def _cpu_seconds(ask: HostAsk, keys: Tensor) -> float:
+def _whole_seconds(ask: HostAsk, keys: Tensor) -> float:
     _asked(ask, keys)
     begun = time.perf_counter()
+    with ask.beside():
+        ask.read()
     ask.bring()
     torch.cuda.current_stream().synchronize()
     return time.perf_counter() - begun
 
 
-def _reachable(owner: object, table: RecordTable, writable: Callable[[], Bytes] | None) -> Tensor | None:
+def _reachable(table: RecordTable, device: torch.device) -> Tensor | None:
     """The table's words as kernels reach them."""
-    if table.pinned:
-        return table.words
-    if writable is None:
-        return None
     try:
-        memory = writable()
-        register(owner, memory)
+        return table.reach(device)
     except (RuntimeError, MemoryError) as error:
         warnings.warn(f"The table cannot be pinned ({error}): the CPU gathers all its rows.", stacklevel=4)
         return None
-    return torch.from_numpy(memory[: table.records.numel()]).view(torch.int64).view(table.words.shape)

@@ -1,7 +1,8 @@
 """Reads of one cache in line: they begin in an order and finish in the same one, a few of them under way at once.
 
 A read that begins finds places that an earlier one has claimed and not filled yet. It may count on them only because
-that one is finished first.
+that one is finished first. On a GPU what begins and what finishes are two orders: a read's rows are looked for while
+those of the one before still come.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ put in place."""
 
 
 class Line:
-    """The line of one cache on ``device``. What is enqueued within its blocks runs there in the order of the blocks,
-    whatever the streams. A read begins on one thread and may be finished by another."""
+    """The line of one cache on ``device``. What is enqueued where reads begin runs there in the order of these blocks,
+    whatever the streams, and so does what is enqueued where they finish. A read begins on one thread and may be
+    finished by another; it is who finishes that waits on the device for what was begun."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -28,7 +30,7 @@ class Line:
         self.issued = 0
         """Numbers given so far; the first read has 0."""
         self._begun = self._finished = 0
-        self._last: torch.cuda.Stream | None = None
+        self._last: dict[str, torch.cuda.Stream] = {}
 
     @contextmanager
     def join(self) -> Iterator[int]:
@@ -36,7 +38,7 @@ class Line:
         number = self._take_number()
         self._wait(lambda: self._begun == number)
         try:
-            with self._enqueuing():
+            with self._enqueuing("begin"):
                 yield number
         except BaseException:
             self._move(begun=1)
@@ -49,7 +51,7 @@ class Line:
         """For what read ``number`` ends with, when all before it are finished; it leaves with the block."""
         self._wait(lambda: self._finished == number)
         try:
-            with self._enqueuing():
+            with self._enqueuing("finish"):
                 yield
         finally:
             self._move(finished=1)
@@ -66,7 +68,7 @@ class Line:
         number = self._take_number()
         self._wait(lambda: self._finished == number)
         try:
-            with self._enqueuing():
+            with self._enqueuing("begin", "finish"):
                 yield
         finally:
             self._move(begun=1, finished=1)
@@ -89,11 +91,11 @@ class Line:
             self._moves.notify_all()
 
     @contextmanager
-    def _enqueuing(self) -> Iterator[None]:
+    def _enqueuing(self, *orders: str) -> Iterator[None]:
         with self._enqueues:
             if self._device.type == "cuda":
                 stream = torch.cuda.current_stream(self._device)
-                if self._last is not None and self._last != stream:
-                    stream.wait_stream(self._last)
-                self._last = stream
+                for last in {self._last.get(order, stream) for order in orders} - {stream}:
+                    stream.wait_stream(last)
+                self._last |= dict.fromkeys(orders, stream)
             yield

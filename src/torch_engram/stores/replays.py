@@ -39,7 +39,8 @@ class CachedReplay:
     Three graphs: what looks for the rows, what the device brings by itself of those that are missing while the host
     brings the others, and what puts them in the cache. ``addressed`` is called twice, and every read goes on from
     there. ``out``: ``[S, n, C·dim]``, where every read goes to; without it :meth:`place` is told. With it, and where
-    the device brings all that can be missing, one graph does everything, and nobody waits.
+    the device brings all that can be missing, one graph does everything, and nobody waits. A read begins, on the
+    device, after the one before it is placed.
     """
 
     def __init__(self, cache: NgramCache, spaces: Sequence[int], addressed: Addressed, out: Tensor | None = None):
@@ -57,6 +58,11 @@ class CachedReplay:
         if not self._is_one:
             self._read = record(self._ask.read, self._look.pool()) if self._ask.reads else None
             self._fill = record(self._fills, self._look.pool())
+
+    @property
+    def alone(self) -> bool:
+        """Whether the host has nothing to bring."""
+        return self._ask.alone
 
     def _looks(self) -> None:
         mixes, rows = self._addressed()
@@ -79,6 +85,7 @@ class CachedReplay:
         """Read anew into ``out``, on the current stream. Raises what :meth:`bring` and :meth:`place` do."""
         if self._is_one:
             with self._cache.line.alone():
+                self._ask.check()
                 self._cache.slots.tick()
                 self._look.replay()
         else:
@@ -99,6 +106,10 @@ class CachedReplay:
             except BaseException:
                 self._cache.slots.release(self._found)
                 raise
+
+    def wait_until_found(self) -> None:
+        """Return when the device has looked for what has begun. Raises what the store's ``fetch`` does."""
+        self._ask.wait()
 
     def bring(self) -> None:
         """Have the host bring what is missing. Raises what the store's ``fetch`` does."""

@@ -1,4 +1,5 @@
-"""Tables that are only read, in host memory: one copy for all processes of a machine, and rows of it to any device."""
+"""Tables that are only read, in host memory: one copy for all processes of a machine, or a copy of this process's own
+that a GPU reads faster; and rows of it to any device."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from torch_engram.stores.file_rows import FileRows
 from torch_engram.stores.host_asks import HostAsk
+from torch_engram.stores.host_memory import own_memory
 from torch_engram.stores.host_reads import HostReads
 from torch_engram.stores.loaded import load_rows
 from torch_engram.stores.pages import Bytes
@@ -28,23 +30,26 @@ _PIECE, _READERS = 16 << 20, 4
 class SharedHostStore:
     """A read-only store of tables in files, by space, that the first process to open them loads for all of one user.
 
-    ``layout``: of the records; rows in another codec are encoded again, rounded to nearest. A table is the same one for
-    another process when its files are (by device, inode, size and time of change) and its layout; what replaces a file
-    is loaded anew. Where the system has nothing to share, or not enough, every process has a copy of its own, with a
-    warning. Any thread may fetch. Raises ``OSError`` naming the file that cannot be read, ``MemoryError`` when there is
-    no room.
+    ``layout``: of the records; rows in another codec are encoded again, rounded to nearest. ``shared``: whether there
+    is one copy for all; without it this process has its own, which GPUs read several times faster
+    (:mod:`~torch_engram.stores.host_memory`). A shared table is the same one for another process when its files are (by
+    device, inode, size and time of change) and its layout; what replaces a file is loaded anew. Where the system has
+    nothing to share, or not enough, every process has a copy of its own, with a warning. Any thread may fetch. Raises
+    ``OSError`` naming the file that cannot be read, ``MemoryError`` when there is no room.
     """
 
     grouped = False
 
-    def __init__(self, tables: Mapping[int, FileRows], layout: RecordLayout):
+    def __init__(self, tables: Mapping[int, FileRows], layout: RecordLayout, shared: bool = True):
         self.layout, self.spaces = layout, {space: table.rows for space, table in tables.items()}
         size = sum(self.spaces.values()) * layout.nbytes
         fill = partial(_fill, tables=tables, layout=layout)
-        self._memory, self.segment = node_memory(digest_of(tables, layout), size, fill)
-        """The memory, and how it is shared: None where it is this process's own."""
-        records = torch.from_numpy(self._memory).view(-1, layout.nbytes)
-        self.table = RecordTable(layout, self.spaces, torch.device("cpu"), records=records)
+        if shared:
+            memory = node_memory(digest_of(tables, layout), size, fill)
+        else:
+            memory = own_memory(size)
+            fill(memory.bytes)
+        self.table = RecordTable(layout, self.spaces, torch.device("cpu"), memory)
         self._reads: dict[torch.device, HostReads] = {}
         self._lock = threading.Lock()
 
@@ -62,12 +67,8 @@ class SharedHostStore:
     def _reads_of(self, device: torch.device) -> HostReads:
         with self._lock:
             if device not in self._reads:
-                self._reads[device] = HostReads(self.table, device, self._writable)
+                self._reads[device] = HostReads(self.table, device)
             return self._reads[device]
-
-    def _writable(self) -> Bytes:
-        """The same memory in a map that a GPU's driver can pin; nobody writes into it."""
-        return self._memory if self.segment is None else self.segment.map_writable()
 
 
 def digest_of(tables: Mapping[int, FileRows], layout: RecordLayout) -> str:

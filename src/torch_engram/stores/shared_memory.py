@@ -22,7 +22,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
+
+from torch_engram.stores.host_memory import HostMemory, PrivateMemory
 from torch_engram.stores.pages import Bytes, allocate_shared, map_shared, populate, private_memory, require_room
+from torch_engram.stores.pinned import register
 
 FOLDERS = (Path("/dev/shm"), Path(tempfile.gettempdir()))
 """Where the small files are: the first one that is there."""
@@ -58,23 +62,32 @@ class Segment:
             holders.close()
         self.descriptor = descriptor
         with _refusals():
-            self.memory = map_shared(descriptor, size, writable=False)
-            """Read-only: to write into it ends the process. It may outlive this object."""
-            populate(self.memory)
+            self._memory = map_shared(descriptor, size, writable=False)
+            populate(self._memory)
+        self._reached: Bytes | None = None
 
-    def map_writable(self) -> Bytes:
-        """The same bytes once more, for what wants them writable. Raises ``MemoryError`` when they cannot be mapped."""
-        return map_shared(self.descriptor, self.size, writable=True)
+    @property
+    def bytes(self) -> Bytes:
+        """Read-only: to write into them ends the process. They may outlive this object."""
+        return self._memory
+
+    def reach(self, device: torch.device) -> Bytes:
+        """See :class:`~torch_engram.stores.host_memory.HostMemory`: a map of its own that is pinned, since drivers pin
+        what is writable only; nobody writes into it."""
+        if self._reached is None:
+            reached = map_shared(self.descriptor, self.size, writable=True)
+            register(self, reached)
+            self._reached = reached
+        return self._reached
 
 
-def node_memory(digest: str, size: int, fill: Callable[[Bytes], None]) -> tuple[Bytes, Segment | None]:
-    """``size`` bytes as ``fill`` fills them: of a segment, which is to be kept, or, with a warning, of this process.
+def node_memory(digest: str, size: int, fill: Callable[[Bytes], None]) -> HostMemory:
+    """``size`` bytes as ``fill`` fills them: of a segment, or, with a warning, of this process.
 
     Raises ``MemoryError`` when there is no room for them at all, and what ``fill`` raises.
     """
     try:
-        segment = Segment(digest, size, fill)
-        return segment.memory, segment
+        return Segment(digest, size, fill)
     except NoSharedMemory as refusal:
         warnings.warn(
             f"Processes cannot share this table ({refusal}): each that opens it keeps {size / 1e9:,.1f} GB of its own.",
@@ -83,7 +96,7 @@ def node_memory(digest: str, size: int, fill: Callable[[Bytes], None]) -> tuple[
     require_room(size)
     memory = private_memory(size)
     fill(memory)
-    return memory, None
+    return PrivateMemory(memory)
 
 
 def remove_left_over() -> None:

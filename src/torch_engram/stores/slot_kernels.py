@@ -1,10 +1,11 @@
 """A cache's table on a GPU: the Triton twins of :mod:`torch_engram.stores.slots`.
 
-Finding is two launches. The first stamps what is there, so that the second evicts none of it. In the second, a read
-without a place looks for the oldest one of its set and claims it by compare-and-swap on the tag. Places of a set are
-tried in one fixed order (stamps change only in other launches) and stay claimed, so two reads of one tag always meet
-at the same place: one claims it, the other finds its own mark there. Which tag gets which place may differ from run to
-run, and so may the order of what is missing; the records that a read gets do not. Offsets are int64.
+Finding is two launches. The first stamps what is there or awaited, so that the second evicts none of it. In the second,
+a read without a place looks for the oldest one of its set and claims it by compare-and-swap on the tag. Places of a set
+are tried in one fixed order and stay claimed, so two reads of one tag meet at the same place: one claims it, the other
+finds its own mark there. Only where an earlier batch is filled at this moment may they see other places free, and take
+two, which then hold the same. Which tag gets which place may differ from run to run, and so may the order of what is
+missing; the records that a read gets do not. Offsets are int64.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def fill_triton(table: Slots, found: Found, records: Tensor) -> None:
     words = records.view(torch.int64)
     if len(words):
         _fill[(triton.cdiv(words.numel(), _WORDS),)](
-            words, found.targets, found.owners, found.count, table.records.view(torch.int64), table.tags, table.stamps,
+            words, found.targets, found.owners, found.count, table.records.view(torch.int64), table.tags,
             words.numel(), WIDTH=words.shape[1], WORDS=_WORDS,
         )  # fmt: skip
 
@@ -140,10 +141,12 @@ def _probe(
     first = _first_way(tag, region)
     way = tl.arange(0, _WAYS)
     there = tl.load(tags + first[:, None] + way[None], mask=here[:, None], other=_EMPTY)
-    found = tl.max(tl.where((there == tag[:, None]) & (tag >= 0)[:, None], way[None], -1), axis=1)
-    hit = here & (found >= 0)
-    slot = first + found
-    tl.store(stamps + slot, tl.full([READS], 1, tl.int32) * epoch, mask=hit)
+    admits = here & (tag >= 0) & (tag <= _LAST_TAG)
+    found = tl.max(tl.where((there == tag[:, None]) & admits[:, None], way[None], -1), axis=1)
+    awaited = tl.max(tl.where((there == (tag | _CLAIMED)[:, None]) & admits[:, None], way[None], -1), axis=1)
+    hit = found >= 0
+    slot = first + tl.maximum(found, awaited)
+    tl.store(stamps + slot, tl.full([READS], 1, tl.int32) * epoch, mask=hit | (awaited >= 0))
     record = _record(slot, region)
     tl.store(where + read, tl.where(hit, record, -1), mask=here)
     line, hits = _tally(counts, regions, which, hit.to(tl.int64), REGIONS, TILE)
@@ -223,6 +226,7 @@ def _take(tag, missed, first, tags, stamps, epoch, READS: tl.constexpr):
         done = got | (seeks & (best == _MINE)) | (tries & (old == mark))
         place = tl.where(done, slot, place)
         won = won | got
+        tl.store(stamps + slot, tl.full([READS], 1, tl.int32) * epoch, mask=got)
         evicts = evicts | (got & (expected != _EMPTY))
         seeks = seeks & (done == 0) & (best != _TAKEN)
         left = tl.max(seeks.to(tl.int32), axis=0)
@@ -230,7 +234,7 @@ def _take(tag, missed, first, tags, stamps, epoch, READS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def _fill(fetched, targets, owners, count, records, tags, stamps, words, WIDTH: tl.constexpr, WORDS: tl.constexpr):
+def _fill(fetched, targets, owners, count, records, tags, words, WIDTH: tl.constexpr, WORDS: tl.constexpr):
     number = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
     here = (number < words) & (number < tl.load(count) * WIDTH)
     row, word = number // WIDTH, number % WIDTH
@@ -241,7 +245,6 @@ def _fill(fetched, targets, owners, count, records, tags, stamps, words, WIDTH: 
     owns = owner >= 0
     tag = tl.load(tags + owner, mask=owns, other=0)
     tl.store(tags + owner, tag & 0x7FFFFFFFFFFFFFFF, mask=owns)
-    tl.store(stamps + owner, tl.full([WORDS], 1, tl.int32) * tl.load(count + 1).to(tl.int32), mask=owns)
 
 
 @triton.jit(do_not_specialize=_VARYING)

@@ -8,7 +8,8 @@ whole set the read goes without a place, and its records are used from where the
 
 A batch goes :meth:`Slots.find`, then :meth:`Slots.fill` with the records of what was missing. A claimed tag has its
 sign bit set until it is filled, so that nothing evicts it before. A batch that begins in between takes it for one that
-is there, and so has to be served after the first batch is filled. The Triton twins are in
+is there, and so has to be served after the first batch is filled; it may look while that is being done, for all that
+filling changes of a place that somebody has found is the sign bit. The Triton twins are in
 :mod:`torch_engram.stores.slot_kernels`.
 """
 
@@ -217,9 +218,9 @@ def find_naive(slots: Slots, reads: Reads) -> Found:
     admits = ((tags >= 0) & (tags <= LAST_TAG))[:, None]
     hits, awaited = ((there == wanted[:, None]) & admits for wanted in (tags, tags | CLAIMED))
     hit, slot = hits.any(1), first + (hits | awaited).int().argmax(1)
-    slots.stamps[slot[hit]] = slots.clock
-    _count(slots, "hits", regions[hit])
     placed = hit | awaited.any(1)  # an earlier batch has claimed it and is filled before this one is served
+    slots.stamps[slot[placed]] = slots.clock
+    _count(slots, "hits", regions[hit])
     _count(slots, "repeats", regions[placed & ~hit])
     missed = (~placed).nonzero().squeeze(1)
     distinct, inverse = torch.stack((first[missed], tags[missed]), 1).unique(dim=0, return_inverse=True)
@@ -232,6 +233,7 @@ def find_naive(slots: Slots, reads: Reads) -> Found:
     _count(slots, "overflow", regions[wanted[~claimed]])
     _count(slots, "evictions", regions[wanted[claimed]][slots.tags[taken[claimed]] != EMPTY])
     slots.tags[taken[claimed]] = distinct[claimed, 1] | CLAIMED
+    slots.stamps[taken[claimed]] = slots.clock
     keys, targets, owners, count = _missing(reads, regions[wanted], wanted, taken, claimed)
     where = torch.empty_like(tags)
     where[placed] = _record(regions[placed], slot[placed])
@@ -280,9 +282,7 @@ def fill_naive(slots: Slots, found: Found, records: Tensor) -> None:
     targets, owners = (part[: min(len(records), int(found.count[0]))] for part in (found.targets, found.owners))
     placed = targets >= 0
     slots.records[targets[placed]] = records[: len(targets)][placed]
-    owners = owners[owners >= 0]
-    slots.tags[owners] &= ~CLAIMED
-    slots.stamps[owners] = found.count[1].to(torch.int32)
+    slots.tags[owners[owners >= 0]] &= ~CLAIMED
 
 
 def overwrite_naive(slots: Slots, reads: Reads, records: Tensor) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Mapping
 from itertools import accumulate
 
@@ -13,8 +11,7 @@ from torch import Tensor
 
 from torch_engram.kernels import use_kernels
 from torch_engram.stores.gather import gather_rows
-from torch_engram.stores.pages import private_memory
-from torch_engram.stores.pinned import register
+from torch_engram.stores.host_memory import HostMemory
 from torch_engram.stores.records import ROW_MASK, SPACE_SHIFT, RecordLayout
 from torch_engram.stores.recycled import recycled
 
@@ -22,9 +19,8 @@ from torch_engram.stores.recycled import recycled
 class RecordTable:
     """Records of every row of ``spaces`` (space → rows), zeroed, in one allocation on ``device``.
 
-    Unpinned CPU memory is mapped at first touch, so a table of any size costs nothing until it is used; where it cannot
-    be ``pinned``, it is not, with a warning. ``records``: memory that holds the rows already, uint8 ``[rows, nbytes]``
-    on ``device``.
+    A CPU's is mapped at first touch, so a table of any size costs nothing until it is used. ``memory``: host memory
+    that the records are in instead, as they are.
     """
 
     def __init__(
@@ -32,17 +28,12 @@ class RecordTable:
         layout: RecordLayout,
         spaces: Mapping[int, int],
         device: torch.device,
-        pinned: bool = False,
-        records: Tensor | None = None,
+        memory: HostMemory | None = None,
     ):
         self.layout, self.spaces, self.device = layout, dict(spaces), device
         shape = (sum(spaces.values()), layout.nbytes)
-        self.pinned = False
-        """Whether GPUs reach it as it is."""
-        if pinned:
-            records = self._pin(shape)
-        self.records = _zeros(shape, device) if records is None else records
-        assert self.records.shape == shape
+        self.memory = memory
+        self.records = _zeros(shape, device) if memory is None else torch.from_numpy(memory.bytes).view(shape)
         self.words = self.records.view(torch.int64)
         """The same, for rows move as 8-byte words: int64 ``[rows, nbytes / 8]``."""
         bases = torch.zeros(max(spaces) + 1, dtype=torch.int64)
@@ -53,16 +44,12 @@ class RecordTable:
         self._changed = _zeros((len(self.records),), device)
         self.counts_from = 0
 
-    def _pin(self, shape: tuple[int, int]) -> Tensor:
-        """Zeros that are pinned: of a size of their own, where torch's allocator would take a power of two."""
-        memory = private_memory(math.prod(shape))
-        records = torch.from_numpy(memory).view(shape).zero_()  # by all threads: the driver has one
-        try:
-            register(self, memory)
-            self.pinned = True
-        except RuntimeError as error:
-            warnings.warn(f"The table cannot be pinned ({error}): copies to GPUs are slower.", stacklevel=4)
-        return records
+    def reach(self, device: torch.device) -> Tensor | None:
+        """:attr:`words` of a table on the host as kernels of a GPU reach them; None where nothing was done for that.
+        Raises what :meth:`HostMemory.reach <torch_engram.stores.host_memory.HostMemory.reach>` does."""
+        if self.memory is None:
+            return None
+        return torch.from_numpy(self.memory.reach(device)).view(torch.int64).view(self.words.shape)
 
     def index(self, keys: Tensor) -> Tensor:
         """Position of every key in the array, int64."""
