@@ -28,6 +28,8 @@ from torch_engram.stores.host_asks import SHARES, HostAsk
 from torch_engram.stores.host_memory import PrivateMemory, UnifiedMemory, own_memory
 from torch_engram.stores.host_reads import ALL, HostReads, divide
 from torch_engram.stores.pages import private_memory
+from torch_engram.stores.slots import EMPTY, WAYS, Region, Slots, pick
+from torch_engram.stores.slots import Reads as SlotReads
 from torch_engram.stores.staging import Staging
 from torch_engram.stores.table import RecordTable
 
@@ -166,7 +168,8 @@ def test_unified_memory_is_one_for_the_cpu_and_a_gpu() -> None:
         words += added
         out, count = torch.zeros(999, 8, dtype=torch.uint8, device="cuda"), torch.full((2,), 999, device="cuda")
         zeros = torch.zeros(1, dtype=torch.int64, device="cuda")
-        read_triton(there[:, None], keys, count, zeros, zeros + len(words), 999, 0, out)
+        head = torch.zeros(2, dtype=torch.int64, pin_memory=True)
+        read_triton(there[:, None], keys, count, zeros, zeros + len(words), head, 999, 0, out)
         assert torch.equal(out.view(torch.int64)[:, 0].cpu(), words[keys.cpu()])
     kept = memory.bytes[8:16]
     del memory, words, there
@@ -191,6 +194,29 @@ def test_a_batch_divided_in_any_way_has_its_rows(form: str, count: int, first: i
         assert torch.equal(found.cpu(), reads.table.records[reads.table.index(keys[:count])])
     assert ask.alone == (ask.by_gpu(count + slack) == count + slack)
     assert torch.equal(reads.fetch(on_device[:count]).cpu(), found.cpu())
+
+
+@reuse
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=3), st.integers(0, 99))
+def test_rows_that_a_gpu_brings_alone_go_where_they_belong(form: str, batches: list[int], seed: int) -> None:
+    reads = reads_of(random_table(), *ALL)
+    regions = [Region(0), Region(3)]
+    table = Slots(regions, reads.table.layout.nbytes, 2 * WAYS * (reads.table.layout.nbytes + 12), KERNELS)
+    generator = torch.Generator().manual_seed(seed)
+    for many in batches:  # of 57 rows, for 32 places
+        space = torch.randint(2, (many,), generator=generator) * 3
+        rows = torch.randint(50, (many,), generator=generator) % torch.where(space == 0, 50, 7)
+        keys = (space << 40 | rows).to(KERNELS)
+        by_space = torch.tensor([0, -1, -1, 1], device=KERNELS)
+        table.tick()
+        found = table.find(SlotReads(keys, keys[:, None], table.plan(), 1, many, by_space))
+        ask = HostAsk(reads, len(found.keys), ALL)
+        ask.send(found.keys, found.count)
+        ask.place(table, found)
+        expected = reads.table.records[reads.table.index(keys.cpu())]
+        assert torch.equal(pick(table.records, ask.records, found.where).cpu(), expected)
+        assert not ((table.tags < 0) & (table.tags != EMPTY)).any()
+        ask.check()
 
 
 @pytest.mark.parametrize("first", [0, 1 << 62])

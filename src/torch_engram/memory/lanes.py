@@ -24,31 +24,37 @@ from torch_engram.stores.replays import CachedReplay
 
 SEEN = 3
 """Prefetches of a shape after which it is recorded."""
+Kind = tuple[int, int, bool]
+"""B and T of ids, and whether they are on the device."""
 SHAPES = 2
-"""Shapes that are recorded, at most: what is recorded of one holds as much memory as its largest reads could miss."""
+"""Kinds that are recorded, at most: what is recorded of one holds as much memory as its largest reads could miss."""
 
 
 class Lane:
-    """One prefetch after another of ids ``[B, T]``."""
+    """One prefetch after another of ids ``[B, T]``, which are given on the device, or all on the host."""
 
-    def __init__(self, addressing: Addressing, tables: Sequence[Table], cache: NgramCache, shape: tuple[int, int]):
-        self.shape, self._addressing, device = shape, addressing, cache.device
-        self._ids = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._start = torch.zeros(shape, dtype=torch.bool, device=device)
+    def __init__(self, addressing: Addressing, tables: Sequence[Table], cache: NgramCache, kind: Kind):
+        self.kind, self._addressing, device = kind, addressing, cache.device
+        batch, length, self._on_device = kind
+        self._inputs = torch.zeros(9 * batch * length, dtype=torch.uint8, device=device)
+        self._staged = pinned(tuple(self._inputs.shape), torch.uint8, device).zero_()
+        self._ids, self._start = _parts(self._inputs, batch, length)
         self._dead = torch.zeros_like(self._start)
-        self._from_host = [pinned(shape, tensor.dtype, device) for tensor in (self._ids, self._start)]
+        self._given = (self._ids, self._start) if self._on_device else _parts(self._staged, batch, length)
         self._stranger = pinned((1,), torch.bool, device).zero_()
         self._strange = self._stranger.numpy()  # the same byte
-        self._copied, self._placed = torch.cuda.Event(), torch.cuda.Event()
+        self._placed = torch.cuda.Event()
         self._replay = CachedReplay(cache, [table.space for table in tables], self._addressed)
         self._values = len(tables[0].orders) * tables[0].dim
 
     @property
     def alone(self) -> bool:
         """Whether nobody has to wait for what has begun before it is placed."""
-        return self._replay.alone and not self._given.is_cuda
+        return self._replay.alone and not self._on_device
 
     def _addressed(self) -> tuple[Tensor, Tensor]:
+        if not self._on_device:
+            self._inputs.copy_(self._staged, non_blocking=True)
         found = self._addressing.rows_at_once(self._ids, self._start, self._dead, 0, self._stranger)
         mixes, rows = (part.flatten(1, 2) for part in found)
         return mixes, rows
@@ -56,47 +62,57 @@ class Lane:
     def begin(self, tokens: Tokens) -> None:
         """Look for what these tokens read, on the current stream. Raises ``ValueError`` for an id on the host that is
         outside the vocabulary."""
-        if not tokens.ids.is_cuda:
+        if not self._on_device:
             self._addressing.require_known(tokens.ids)
-        self._copied.synchronize()
+            self._replay.wait_until_found()  # what was staged before has been copied
         self._placed.wait()
-        self._place(tokens.ids, self._ids, self._from_host[0])
+        ids, start = self._given
+        ids.copy_(tokens.ids)
         if tokens.doc_start is None:
-            self._start.zero_()
+            start.zero_()
         else:
-            self._place(tokens.doc_start, self._start, self._from_host[1])
-        self._copied.record()
-        self._given = tokens.ids
+            start.copy_(tokens.doc_start)
+        for given in _on_device(tokens):
+            given.record_stream(torch.cuda.current_stream(given.device))
+        self._tokens = tokens
         self._replay.begin()
 
     def bring(self) -> None:
         """Have the host bring what is missing. Raises what the store's ``fetch`` does."""
-        if self._given.is_cuda:
+        if self._on_device:
             self._replay.wait_until_found()
         self._replay.bring()
 
     def place(self, layers: int, dtype: torch.dtype) -> Tensor:
         """The embeddings ``[L, B·T, E]``. Raises what the store's ``fetch`` did for a read before this one, and
         ``ValueError`` for an id outside the vocabulary where ids are on the device."""
-        positions = self.shape[0] * self.shape[1]
         try:
-            out = torch.empty(layers, positions, self._values, dtype=dtype, device=self._ids.device)
+            out = torch.empty(layers, self._ids.numel(), self._values, dtype=dtype, device=self._ids.device)
         except BaseException as error:  # later reads would wait for this one
             self._replay.abandon(error)
             raise
         self._replay.place(out)
         self._placed.record()
-        if self._given.is_cuda and self._strange[0]:
+        if self._on_device and self._strange[0]:
             self._strange[0] = False
-            self._addressing.require_known(self._given)
+            self._addressing.require_known(self._tokens.ids)
         return out
 
-    def _place(self, given: Tensor, target: Tensor, from_host: Tensor) -> None:
-        if given.is_cuda:
-            given.record_stream(torch.cuda.current_stream(target.device))
-            target.copy_(given)
-        else:
-            target.copy_(from_host.copy_(given), non_blocking=True)
+
+def _parts(inputs: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """Ids int64 and document starts bool, both ``[B, T]``, in one piece of bytes."""
+    ids, start = inputs.split((8 * batch * length, batch * length))
+    return ids.view(torch.int64).view(batch, length), start.view(torch.bool).view(batch, length)
+
+
+def kind_of(tokens: Tokens) -> Kind:
+    """What a lane has to be for these."""
+    batch, length = tokens.ids.shape
+    return batch, length, tokens.ids.is_cuda
+
+
+def _on_device(tokens: Tokens) -> list[Tensor]:
+    return [given for given in (tokens.ids, tokens.doc_start) if given is not None and given.is_cuda]
 
 
 class Lanes:
@@ -104,8 +120,8 @@ class Lanes:
 
     def __init__(self, addressing: Addressing, tables: Sequence[Table], cache: NgramCache):
         self.addressing, self._tables, self._cache = addressing, tables, cache
-        self._seen: Counter[tuple[int, int]] = Counter()
-        self._free: dict[tuple[int, int], queue.SimpleQueue[Lane | None]] = {}
+        self._seen: Counter[Kind] = Counter()
+        self._free: dict[Kind, queue.SimpleQueue[Lane | None]] = {}
         self._lock = threading.Lock()
 
     def take_in(self, tokens: Tokens) -> bool:
@@ -114,28 +130,28 @@ class Lanes:
         if tokens.history is not None or tokens.live is not None or not use_kernels(self._cache.slots.tags):
             return False
         self.addressing.require_alike(tokens.ids, tokens.doc_start)
-        shape = (tokens.ids.shape[0], tokens.ids.shape[1])
+        kind = kind_of(tokens)
         with self._lock:
-            if shape not in self._free and len(self._free) < SHAPES and shape[0] * shape[1]:
-                self._seen[shape] += 1
-                if self._seen[shape] >= SEEN:
-                    self._free[shape] = queue.SimpleQueue()
+            if kind not in self._free and len(self._free) < SHAPES and tokens.ids.numel():
+                self._seen[kind] += 1
+                if self._seen[kind] >= SEEN:
+                    self._free[kind] = queue.SimpleQueue()
                     for _ in range(UNDER_WAY):
-                        self._free[shape].put(None)  # made when it is needed
-            return shape in self._free
+                        self._free[kind].put(None)  # made when it is needed
+            return kind in self._free
 
-    def take(self, shape: tuple[int, int]) -> Lane:
+    def take(self, kind: Kind) -> Lane:
         """A lane that nobody has; waits for one."""
-        lane = self._free[shape].get()
+        lane = self._free[kind].get()
         try:
-            return Lane(self.addressing, self._tables, self._cache, shape) if lane is None else lane
+            return Lane(self.addressing, self._tables, self._cache, kind) if lane is None else lane
         except BaseException:
-            self._free[shape].put(None)
+            self._free[kind].put(None)
             raise
 
     def give_back(self, lane: Lane) -> None:
         """All that the lane had to enqueue is enqueued."""
-        self._free[lane.shape].put(lane)
+        self._free[lane.kind].put(lane)
 
 
 class LaneFetch:
@@ -143,9 +159,8 @@ class LaneFetch:
 
     def __init__(self, lanes: Lanes, tables: Sequence[CachedReads], tokens: Tokens, dtype: torch.dtype):
         self._lanes, self._tables, self._tokens, self._dtype = lanes, tables, tokens, dtype
-        self._shape = (tokens.ids.shape[0], tokens.ids.shape[1])
         device = tables[0].device
-        self._now = torch.cuda.current_stream(device).record_event() if tokens.ids.is_cuda else None
+        self._now = torch.cuda.current_stream(device).record_event() if _on_device(tokens) else None
 
     def begin(self) -> None:
         """See :class:`~torch_engram.memory.prefetching.Fetch`."""
@@ -153,7 +168,7 @@ class LaneFetch:
             torch.cuda.current_stream(self._tables[0].device).wait_event(self._now)
         for reads in self._tables:
             reads.keep(partial(self._rows, reads.table.layer), None)
-        self._lane = self._lanes.take(self._shape)
+        self._lane = self._lanes.take(kind_of(self._tokens))
         try:
             self._lane.begin(self._tokens)
         except BaseException:
@@ -179,7 +194,7 @@ class LaneFetch:
             whole = self._lane.place(len(self._tables), self._dtype)
         finally:
             self._lanes.give_back(self._lane)
-        return by_layer([reads.table.layer for reads in self._tables], whole, [self._shape])
+        return by_layer([reads.table.layer for reads in self._tables], whole, [self._lane.kind[:2]])
 
     def _rows(self, layer: int) -> Tensor:
         addressing = self._lanes.addressing

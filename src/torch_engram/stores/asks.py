@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torch_engram.stores.pinned import pinned
 from torch_engram.stores.protocol import Store
+from torch_engram.stores.slots import Found, Slots
 
 
 class Ask(Protocol):
@@ -42,6 +43,11 @@ class Ask(Protocol):
     def read(self) -> None:
         """Enqueue what the device brings of it by itself. May be captured. Belongs to every batch, after
         :meth:`send`."""
+
+    def place(self, slots: Slots, found: Found) -> None:
+        """In place of :meth:`read`, :meth:`bring` and :meth:`Slots.fill
+        <torch_engram.stores.slots.Slots.fill>` where the device is :attr:`alone`: every row goes where it belongs at
+        once, one without a place to :attr:`records`. May be captured."""
 
     def beside(self) -> AbstractContextManager[object]:
         """For :meth:`read`, or its replay, after :meth:`sent`: a stream of its own within the block, for which
@@ -99,6 +105,10 @@ class PlainAsk:
 
     def read(self) -> None:
         """Nothing."""
+
+    def place(self, slots: Slots, found: Found) -> None:
+        """Not for this one: the device is not alone."""
+        raise NotImplementedError
 
     def beside(self) -> nullcontext[None]:
         """Nothing."""

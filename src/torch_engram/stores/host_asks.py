@@ -16,6 +16,7 @@ from torch import Tensor
 from torch_engram.kernels import use_kernels
 from torch_engram.stores.pinned import pinned
 from torch_engram.stores.records import ROW_MASK, SPACE_SHIFT
+from torch_engram.stores.slots import Found, Slots, fill_naive
 
 if TYPE_CHECKING:
     from torch_engram.stores.host_reads import HostReads
@@ -50,6 +51,8 @@ class HostAsk:
     def send(self, keys: Tensor, count: Tensor) -> None:
         """See :class:`~torch_engram.stores.asks.Ask`."""
         self._keys, self._count = keys, count
+        if self.alone:  # there is nobody to be told
+            return
         where = (self._ways.bases, self._ways.rows, self._index, self._head)
         if use_kernels(keys):
             from torch_engram.stores.ask_kernels import send_triton
@@ -68,13 +71,25 @@ class HostAsk:
         reads = self._ways
         if reads.words is None or not self.reads:
             return
-        table = (reads.words, self._keys, self._count, reads.bases, reads.rows)
+        table = (reads.words, self._keys, self._count, reads.bases, reads.rows, self._head)
         if use_kernels(self._keys):
             from torch_engram.stores.ask_kernels import read_triton
 
             read_triton(*table, *self._division, self.records)
         else:
             read_naive(*table, *self._division, self.records)
+
+    def place(self, slots: Slots, found: Found) -> None:
+        """See :class:`~torch_engram.stores.asks.Ask`."""
+        reads = self._ways
+        assert reads.words is not None and self.alone, "the host has rows to bring"
+        table = (reads.words, self._keys, self._count, reads.bases, reads.rows, self._head)
+        if use_kernels(self._keys):
+            from torch_engram.stores.ask_kernels import place_triton
+
+            place_triton(*table, self.records, slots, found)
+        else:
+            place_naive(*table, self.records, slots, found)
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -110,8 +125,8 @@ class HostAsk:
             self._beside = None
 
     def wait(self) -> None:
-        """See :class:`~torch_engram.stores.asks.Ask`. Raises ``ValueError`` naming a row or a space that is not
-        there."""
+        """See :class:`~torch_engram.stores.asks.Ask`. Raises ``ValueError`` naming a row or a space that is not there;
+        where the device is :attr:`alone`, it has to have read them before."""
         if self._sent is not None:
             self._sent.synchronize()
         self.check()
@@ -139,13 +154,27 @@ def send_naive(keys: Tensor, count: Tensor, bases: Tensor, rows: Tensor, index: 
 
 
 def read_naive(
-    words: Tensor, keys: Tensor, count: Tensor, bases: Tensor, rows: Tensor, first: int, share: int, out: Tensor
-) -> None:
+    words: Tensor, keys: Tensor, count: Tensor, bases: Tensor, rows: Tensor, head: Tensor, first: int, share: int,
+    out: Tensor,
+) -> None:  # fmt: skip
     """Put wanted rows in ``out`` uint8 ``[capacity, nbytes]``: the first ones, ``first`` of them and ``share`` of
-    :data:`SHARES`. ``words``: int64, the table."""
+    :data:`SHARES`. ``words``: int64, the table. ``head``: as for :func:`send_naive`."""
     many = int(count[0])
     at, known = _located(keys[: min(many, first + many * share // SHARES)], bases, rows)
+    head[0] = many
+    if not known.all():
+        head[1] = 1
     out[: len(at)][known] = words[at[known].to(words.device)].view(torch.uint8).to(out.device)
+
+
+def place_naive(
+    words: Tensor, keys: Tensor, count: Tensor, bases: Tensor, rows: Tensor, head: Tensor, out: Tensor, slots: Slots,
+    found: Found,
+) -> None:  # fmt: skip
+    """Put all wanted rows where ``found`` says that they belong, and in ``out``, of which only those without a place
+    are looked at. Arguments as for :func:`read_naive`."""
+    read_naive(words, keys, count, bases, rows, head, len(keys), 0, out)
+    fill_naive(slots, found, out)
 
 
 def _located(keys: Tensor, bases: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

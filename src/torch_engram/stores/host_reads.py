@@ -69,8 +69,11 @@ class HostReads:
         ask.sent()
         with ask.beside():
             ask.read()
-        ask.wait()
-        return ask.bring()
+        records = ask.bring()
+        if ask.alone and self.device.type == "cuda":  # only then it knows of rows that are not there
+            torch.cuda.current_stream(self.device).synchronize()
+        ask.check()
+        return records
 
     def _measure_division(self) -> tuple[int, int]:
         """How a :class:`HostAsk` is to divide its batches."""

@@ -8,7 +8,7 @@ those of the one before still come.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,7 @@ import torch
 UNDER_WAY = 3
 """Reads that have begun and are not finished, at most: one looks for its rows, another's are brought, and a third's are
 put in place."""
+_BEGIN, _FINISH = "begin", "finish"
 
 
 class Line:
@@ -25,20 +26,23 @@ class Line:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._room = threading.Semaphore(UNDER_WAY)
         self._moves, self._enqueues = threading.Condition(), threading.Lock()
         self.issued = 0
         """Numbers given so far; the first read has 0."""
         self._begun = self._finished = 0
         self._last: dict[str, torch.cuda.Stream] = {}
+        """Where either order was enqueued last."""
 
     @contextmanager
     def join(self) -> Iterator[int]:
         """For what a read begins with; gives its number. Waits until there is room. A read that fails here has left."""
-        number = self._take_number()
-        self._wait(lambda: self._begun == number)
+        with self._moves:
+            number = self._take_number()
+            while self._begun != number:
+                self._moves.wait()
         try:
-            with self._enqueuing("begin"):
+            with self._enqueues:
+                self._order(_BEGIN)
                 yield number
         except BaseException:
             self._move(begun=1)
@@ -49,40 +53,30 @@ class Line:
     @contextmanager
     def head(self, number: int) -> Iterator[None]:
         """For what read ``number`` ends with, when all before it are finished; it leaves with the block."""
-        self._wait(lambda: self._finished == number)
+        with self._moves:
+            while self._finished != number:
+                self._moves.wait()
         try:
-            with self._enqueuing("finish"):
+            with self._enqueues:
+                self._order(_FINISH)
                 yield
         finally:
             self._move(finished=1)
-            self._room.release()
 
     def leave(self, number: int) -> None:
         """Read ``number`` ends with nothing."""
         with self.head(number):
             pass
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """For a whole read, when all before it are finished."""
-        number = self._take_number()
-        self._wait(lambda: self._finished == number)
-        try:
-            with self._enqueuing("begin", "finish"):
-                yield
-        finally:
-            self._move(begun=1, finished=1)
-            self._room.release()
+    def alone(self, stream: torch.cuda.Stream | None = None) -> _Alone:
+        """For a whole read, when all before it are finished, on ``stream`` or the current one. All others wait."""
+        return _Alone(self, stream)
 
     def _take_number(self) -> int:
-        self._room.acquire()
-        with self._moves:
-            self.issued += 1
-            return self.issued - 1
-
-    def _wait(self, come: Callable[[], bool]) -> None:
-        with self._moves:
-            self._moves.wait_for(come)
+        while self.issued - self._finished >= UNDER_WAY:
+            self._moves.wait()
+        self.issued += 1
+        return self.issued - 1
 
     def _move(self, begun: int = 0, finished: int = 0) -> None:
         with self._moves:
@@ -90,12 +84,37 @@ class Line:
             self._finished += finished
             self._moves.notify_all()
 
-    @contextmanager
-    def _enqueuing(self, *orders: str) -> Iterator[None]:
-        with self._enqueues:
-            if self._device.type == "cuda":
-                stream = torch.cuda.current_stream(self._device)
-                for last in {self._last.get(order, stream) for order in orders} - {stream}:
-                    stream.wait_stream(last)
-                self._last |= dict.fromkeys(orders, stream)
-            yield
+    def _order(self, which: str, stream: torch.cuda.Stream | None = None) -> None:
+        """Let what is enqueued from here on follow what was in this order before."""
+        if self._device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self._device) if stream is None else stream
+        last = self._last.get(which)
+        if last is None or last.cuda_stream != stream.cuda_stream:
+            if last is not None:
+                stream.wait_stream(last)
+            self._last[which] = stream
+
+
+class _Alone:
+    """What :meth:`Line.alone` gives: no generator, since every step of decoding comes here."""
+
+    def __init__(self, line: Line, stream: torch.cuda.Stream | None):
+        self._line, self._stream = line, stream
+
+    def __enter__(self) -> None:
+        line = self._line
+        line._moves.acquire()
+        try:
+            number = line._take_number()
+            while line._finished != number:
+                line._moves.wait()
+        except BaseException:
+            line._moves.release()
+            raise
+        line._order(_BEGIN, self._stream)
+        line._order(_FINISH, self._stream)
+
+    def __exit__(self, *_: object) -> None:
+        self._line._move(begun=1, finished=1)
+        self._line._moves.release()

@@ -69,22 +69,24 @@ class CachedReplay:
         self._found, self._columns = self._cache.find(self._spaces, mixes, rows)
         self._ask.send(self._found.keys, self._found.count)
         if self._is_one:
-            self._ask.read()
-            self._fills()
+            self._ask.place(self._cache.slots, self._found)
+            self._embeds(self._out)
 
     def _fills(self) -> None:
         self._cache.slots.fill(self._found, self._fetched)
         if self._out is not None:
             self._embeds(self._out)
 
-    def _embeds(self, out: Tensor) -> None:
+    def _embeds(self, out: Tensor | None) -> None:
+        assert out is not None
         cache = self._cache
         embed(cache.layout, cache.slots.records, self._fetched, self._found.where, self._columns, out)
 
-    def run(self) -> None:
-        """Read anew into ``out``, on the current stream. Raises what :meth:`bring` and :meth:`place` do."""
+    def run(self, stream: torch.cuda.Stream) -> None:
+        """Read anew into ``out``, on ``stream``, which is the current one. Raises what :meth:`bring` and :meth:`place`
+        do."""
         if self._is_one:
-            with self._cache.line.alone():
+            with self._cache.line.alone(stream):
                 self._ask.check()
                 self._cache.slots.tick()
                 self._look.replay()
@@ -159,6 +161,6 @@ class LoadedReplay:
         self._graph, self._launches = record(launches), launches
         """The second holds what the first one reads."""
 
-    def run(self) -> None:
-        """Read anew, on the current stream."""
+    def run(self, stream: torch.cuda.Stream) -> None:
+        """Read anew, on ``stream``, which is the current one."""
         self._graph.replay()
