@@ -135,6 +135,8 @@ class NgramCache(Front):
         """Have the host bring what is missing: records for :meth:`place`. Raises what the store's ``fetch`` does."""
         try:
             fetched = begun.ask.bring()
+            if self.format.has_unwritten and begun.ask.alone:  # what is behind the last one is no row
+                fetched = fetched[: int(begun.found.count[0])]
             return self.format.with_initial(begun.found.keys[: len(fetched)], fetched)
         except BaseException as error:
             self.abandon(begun, error)

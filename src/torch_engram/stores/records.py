@@ -132,10 +132,14 @@ class RowFormat:
         plane = self.layout.plane("value")
         return CODECS[plane.codec].encode(initial_rows(self.seed, keys, plane.width, self.init_std))
 
+    @property
+    def has_unwritten(self) -> bool:
+        """Whether records tell that their row was never written."""
+        return bool(self.init_std) and any(plane.name == "count" for plane in self.layout.planes)
+
     def with_initial(self, keys: Tensor, records: Tensor) -> Tensor:
         """``records`` uint8 ``[U, nbytes]``, changed in place: a row that was never written holds its initial value."""
-        names = [plane.name for plane in self.layout.planes]
-        if self.init_std and "count" in names:
+        if self.has_unwritten:
             count = next(field for field in self.layout.fields if field.plane == "count")
             fresh = (self.layout.view(records, count) == 0).squeeze(1).nonzero().squeeze(1)
             fields = [field for field in self.layout.fields if field.plane == "value"]
