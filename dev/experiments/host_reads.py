@@ -1,11 +1,11 @@
 """How fast fresh random rows of a table in host memory reach a GPU, by how the memory was got and who reads it.
 
-    python dev/experiments/host_reads.py [GIB]
+    python dev/experiments/host_reads.py [GIB [KIND ...]]
 
-Memory: pinned by CUDA; mapped and registered with CUDA, with huge pages where the system grants them and without; a
-file in shared memory, as several processes would share it. Readers: the GPU itself, a warp a row, rows as they come
-and sorted; and threads of the CPU into a pinned buffer, which is then copied. Rows are 256 bytes, drawn anew for every
-launch. The rate of a plain copy over the bus stands above.
+Memory: `unified`, kept on the host; `pinned` by CUDA; `mapped` and registered with CUDA, with huge pages where the
+system grants them; `shared`, a file in shared memory, as several processes would share it. Readers: the GPU itself, a
+warp a row, rows as they come and sorted; and threads of the CPU into a pinned buffer, which is then copied. Rows are 256
+bytes, drawn anew for every launch. The rate of a plain copy over the bus stands above.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import mmap
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from torch_engram.stores.host_memory import UnifiedMemory
 
 WORDS, GIB = 32, 1 << 30
 SIZES, REPEATS = (16_384, 262_144, 1_048_576), 5
@@ -48,9 +50,17 @@ def read(table: Tensor, out: Tensor, per_program: int, rows: Tensor) -> None:
 
 def memories(size: int) -> Iterator[tuple[str, Callable[[], tuple[Tensor, Callable[[], None]]]]]:
     """How each kind of memory is made, and what undoes it."""
-    yield "pinned by CUDA", lambda: (torch.empty(size // 8, dtype=torch.int64, pin_memory=True), lambda: None)
-    yield "mapped, huge pages", lambda: registered(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), True)
-    yield "shared file, huge pages", lambda: registered(shared(size), True)
+    yield "unified", lambda: unified(size)
+    yield "pinned", lambda: (torch.empty(size // 8, dtype=torch.int64, pin_memory=True), lambda: None)
+    yield "mapped", lambda: registered(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), True)
+    yield "shared", lambda: registered(shared(size), True)
+
+
+def unified(size: int) -> tuple[Tensor, Callable[[], None]]:
+    memory = UnifiedMemory(size)
+    table = torch.from_numpy(memory.reach(torch.device("cuda"))).view(torch.int64)
+    table.fill_(1)
+    return table, lambda: None
 
 
 def shared(size: int) -> mmap.mmap:
@@ -90,13 +100,20 @@ def rate(launch: Callable[[Tensor], object], count: int, total: int, device: str
     return sorted(found[2:])
 
 
-def by_gpu(table: Tensor, there: Tensor, count: int) -> None:
-    for per_program, ordered in ((4, False), (4, True), (16, False), (16, True)):
+def by_gpu(
+    table: Tensor,
+    there: Tensor,
+    count: int,
+    shapes: Sequence[tuple[int, bool]] = ((4, False), (4, True), (16, False), (16, True)),
+) -> None:
+    for per_program, ordered in shapes:
         reader = partial(read, table, there[: count * WORDS], per_program)
         samples = rate(reader, count, len(table) // WORDS, "cuda", ordered)
         kind = "sorted" if ordered else "as drawn"
         print(
-            f"  GPU, {per_program:2} rows a program, {kind:8} {count:8}: {samples[REPEATS // 2]:.1f} GB/s", flush=True
+            f"  GPU, {table.nbytes / GIB:3.0f} GiB, {per_program:2} rows a program, {kind:8} {count:8}: "
+            f"{samples[REPEATS // 2]:.1f} GB/s",
+            flush=True,
         )
 
 
@@ -133,6 +150,8 @@ def main() -> None:
         bus = GIB / (time.perf_counter() - start) / 1e9
     print(f"bus copy {bus:.1f} GB/s")
     for name, make in memories(size):
+        if name not in (sys.argv[2:] or name):
+            continue
         print(name)
         try:
             start = time.perf_counter()
@@ -143,6 +162,8 @@ def main() -> None:
             continue
         huge = [line for line in Path("/proc/meminfo").read_text().splitlines() if "Huge" in line and "kB" in line]
         print("  " + "; ".join(" ".join(line.split()) for line in huge[:3]))
+        for span in (1, 4, 16):  # how large a table has to be before its pages tell
+            by_gpu(table[: span * GIB // 8], there, SIZES[-1], shapes=((4, False),))
         for count in SIZES:
             by_gpu(table, there, count)
             by_cpu(table, there, buffer, count)

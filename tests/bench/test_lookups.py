@@ -289,7 +289,7 @@ def test_each_placement_has_its_limit(placement: str, device: str, cold: bool, n
 
 def test_placements() -> None:
     assert choose_placements([], "cpu") == ["disk", "disk-direct", "host"]
-    assert choose_placements([], "cuda")[-1] == "device"
+    assert choose_placements([], "cuda") == ["disk", "disk-direct", "host", "host-shared", "device"]
     assert choose_placements(["host", "disk", "host"], "cpu") == ["host", "disk"]
     with pytest.raises(ValueError, match="no placement 'dsk': did you mean 'disk'"):
         choose_placements(["dsk"], "cpu")

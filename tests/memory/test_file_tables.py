@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from torch_engram.memory import MemoryBank, open_bank, save_bank
+from torch_engram.memory import MemoryBank, file_tables, open_bank, save_bank
 from torch_engram.optim import RowAdam
 from torch_engram.stores import DiskStore, WritableStore
 from torch_engram.stores.named_tables import find_tables
@@ -181,3 +181,14 @@ def test_a_bank_is_refused_in_a_forked_process(make_bank: Make, rows: dict[int, 
                 refused += "open it in each process" in str(error)
         os._exit(refused)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == len(reads)
+
+
+def test_processes_of_one_launch_share_a_table_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert file_tables._is_alone()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert not file_tables._is_alone()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(file_tables.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(file_tables.distributed, "get_world_size", lambda: 2)
+    assert not file_tables._is_alone()

@@ -25,8 +25,9 @@ class Machine:
     """None for a disk with room for whatever is placed there."""
     bus: float = 54.9e9
     """Bytes a second of copies from pinned memory to the GPU."""
-    host_gather: float = 16.1e9
-    """Bytes a second of rows that CPU cores gather and that then are copied, for 262,144 rows."""
+    host_gather: float = 33.5e9
+    """Bytes a second of rows in host memory that reach the GPU, or without one the CPU, for 100,000 rows of 272 bytes
+    that the GPU reads itself in unified memory (dev/checks/host-pages-h100.log)."""
     device_gather: float = 1283e9
     """Bytes a second of rows gathered in GPU memory."""
     disk_iops: float = 47_000

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 
 from torch_engram.bench.results import Measurement
 from torch_engram.bench.timing import copy_rate, milliseconds, wall_milliseconds
-from torch_engram.stores import FileRows
+from torch_engram.stores import FileRows, HostStore
 from torch_engram.stores.aio import AioTransfer
 from torch_engram.stores.block_reads import BLOCK, ThreadTransfer, Transfer, open_direct
 from torch_engram.stores.records import RecordLayout
@@ -62,6 +63,15 @@ def gather(layout: RecordLayout, device: torch.device) -> Measurement:
     times = milliseconds(lambda: table.gather(next(taken)), _REPEATS, 2, device)
     rates = [count * layout.nbytes / ms / 1e6 for ms in times]
     return Measurement(f"{'gpu' if device.type == 'cuda' else 'memory'}-gather", rates, "GB/s")
+
+
+def host_gather(layout: RecordLayout, device: torch.device) -> Measurement:
+    """Random distinct records out of a table of 1 GiB in host memory to a GPU, by what stores fetch with."""
+    store = HostStore(layout, {0: _TABLE_BYTES // layout.nbytes}, for_gpu=True)
+    count = min(_GATHERED, store.spaces[0] // 2)
+    keys = [torch.randperm(store.spaces[0])[:count].to(device) for _ in range(_REPEATS + 2)]
+    times = [wall_milliseconds(partial(store.fetch, wanted), 1, device) for wanted in keys][2:]
+    return Measurement("host-gather", [count * layout.nbytes / ms / 1e6 for ms in times], "GB/s")
 
 
 def bus_copy(device: torch.device) -> Measurement:

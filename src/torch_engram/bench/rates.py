@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from torch_engram.bench.limits import RandomReads, bus_copy, gather
+from torch_engram.bench.limits import RandomReads, bus_copy, gather, host_gather
 from torch_engram.bench.lookup_tables import row_bytes, synthesise_layers
 from torch_engram.bench.results import Measurement
 from torch_engram.bench.timing import median
@@ -32,11 +32,14 @@ def measured_rates(config: EngramConfig, codec: str, folder: Path) -> dict[str, 
     rows = max(1, min(_TABLE_BYTES, shutil.disk_usage(folder).free // 4) // row_bytes(codec, width))
     (table,) = synthesise_layers(folder, replace(config, layers=config.layers[:1]), rows, codec).values()
     files = FileRows.of(table)
-    rates = {"host_gather": _bytes_a_second(gather(files.layout, torch.device("cpu")))}
-    if torch.cuda.is_available():
-        device = torch.device("cuda")
-        rates["bus"] = _bytes_a_second(bus_copy(device))
-        rates["device_gather"] = _bytes_a_second(gather(files.layout, device))
+    if not torch.cuda.is_available():
+        return {"host_gather": _bytes_a_second(gather(files.layout, torch.device("cpu")))} | _of_disk(files)
+    device = torch.device("cuda")
+    rates = {
+        "host_gather": _bytes_a_second(host_gather(files.layout, device)),
+        "bus": _bytes_a_second(bus_copy(device)),
+        "device_gather": _bytes_a_second(gather(files.layout, device)),
+    }
     return rates | _of_disk(files)
 
 

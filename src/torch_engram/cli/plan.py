@@ -40,7 +40,7 @@ def plan(
         bool, typer.Option("--measure", help="Measure the rates here, with a table of 1 GB in this folder meanwhile.")
     ] = False,
     bus: Annotated[float | None, typer.Option(help="GB/s of copies to the GPU.")] = None,
-    host_gather: Annotated[float | None, typer.Option(help="GB/s of rows that the CPU gathers.")] = None,
+    host_gather: Annotated[float | None, typer.Option(help="GB/s of rows that come from host memory.")] = None,
     device_gather: Annotated[float | None, typer.Option(help="GB/s of rows that the GPU gathers.")] = None,
     disk_iops: Annotated[float | None, typer.Option(help="Random 4 KiB reads a second, many at a time.")] = None,
     disk_latency: Annotated[float | None, typer.Option(help="Microseconds of one such read alone.")] = None,

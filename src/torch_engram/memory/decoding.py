@@ -64,10 +64,10 @@ class DecodeMemory(Memory):
     def read(self, ids: Tensor, after: torch.cuda.Event | None = None) -> None:
         """Begin to read for the next token of every sequence: ids int64 ``[B, 1]`` on the bank's device.
 
-        ``after``: when the ids are there and the last embeddings have been used; by default when the current stream has
-        done all that it was given. Returns when all is enqueued, for which a table on the host wants this thread for a
-        moment. Raises ``ValueError`` for an id outside the vocabulary; where nothing has to come from the host, only at
-        the next read.
+        ``after``: when the ids are there and the last embeddings have been used; the read then runs beside what the
+        current stream is given, and otherwise on it. Returns when all is enqueued, for which rows that the host has to
+        bring want this thread for a moment. Raises ``ValueError`` for an id outside the vocabulary; where nothing has
+        to come from the host, only at the next read.
         """
         if ids is not self.ids and ids.shape != self.ids.shape:
             raise ValueError(f"Ids are {list(ids.shape)}: this memory decodes {list(self.ids.shape)}.")
@@ -99,7 +99,6 @@ class ReplayedReads:
         self._dead = torch.ones_like(self._start)
         self._stranger = pinned((1,), torch.bool, bank.device).zero_()
         self._strange = self._stranger.numpy()  # the same byte, looked at in every step
-        self._now = torch.cuda.Event()
         self._stream = torch.cuda.Stream(bank.device, priority=-1)  # its kernels are short, and a model waits for them
         self._waiting: int | None = None
         """The stream that waits already."""
@@ -136,20 +135,20 @@ class ReplayedReads:
 
     def read(self, ids: Tensor, after: torch.cuda.Event | None) -> None:
         """See :meth:`DecodeMemory.read`."""
-        mine, before = self._stream, torch.cuda.current_stream()
-        if after is None:
-            after = self._now
-            after.record(torch.cuda.current_stream(mine.device) if before.device != mine.device else before)
-        mine.wait_event(after)
-        torch.cuda.set_stream(mine)  # as the context torch.cuda.stream() does, in a quarter of its time
+        stream, before = self._stream, torch.cuda.current_stream()
+        if after is not None:
+            stream.wait_event(after)
+        else:
+            stream = before if before.device == stream.device else torch.cuda.current_stream(stream.device)
+        torch.cuda.set_stream(stream)  # as the context torch.cuda.stream() does, in a quarter of its time
         try:
             if ids is not self._ids:
                 self._ids.copy_(ids)
-            self._replay.run(mine)
-            self._arrived.record(mine)
+            self._replay.run(stream)
+            self._arrived.record(stream)
         finally:
             torch.cuda.set_stream(before)
-        self._waiting = None
+        self._waiting = stream.cuda_stream
         if self._strange[0]:
             self._strange[0] = False
             self._bank.addressing.require_known(ids)
