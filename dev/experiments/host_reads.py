@@ -4,8 +4,8 @@
 
 Memory: `unified`, kept on the host; `pinned` by CUDA; `mapped` and registered with CUDA, with huge pages where the
 system grants them; `shared`, a file in shared memory, as several processes would share it. Readers: the GPU itself, a
-warp a row, rows as they come and sorted; and threads of the CPU into a pinned buffer, which is then copied. Rows are 256
-bytes, drawn anew for every launch. The rate of a plain copy over the bus stands above.
+warp a row, rows as they come and sorted; and threads of the CPU into a pinned buffer, which is then copied. Rows are
+256 bytes, drawn anew for every launch. The rate of a plain copy over the bus stands above.
 """
 
 from __future__ import annotations

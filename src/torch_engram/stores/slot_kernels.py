@@ -1,11 +1,11 @@
 """A cache's table on a GPU: the Triton twins of :mod:`torch_engram.stores.slots`.
 
-Finding is two launches. The first stamps what is there or awaited, so that the second evicts none of it. In the second,
-a read without a place looks for the oldest one of its set and claims it by compare-and-swap on the tag. Places of a set
-are tried in one fixed order and stay claimed, so two reads of one tag meet at the same place: one claims it, the other
-finds its own mark there. Only where an earlier batch is filled at this moment may they see other places free, and take
-two, which then hold the same. Which tag gets which place may differ from run to run, and so may the order of what is
-missing; the records that a read gets do not. Offsets are int64.
+Finding is two launches, or one where a single program has all reads. The first stamps what is there or awaited, so that
+the second evicts none of it. In the second, a read without a place looks for the oldest one of its set and claims it by
+compare-and-swap on the tag. Places of a set are tried in one fixed order and stay claimed, so two reads of one tag meet
+at the same place: one claims it, the other finds its own mark there. Only where an earlier batch is filled at this moment
+may they see other places free, and take two, which then hold the same. Which tag gets which place may differ from run to
+run, and so may the order of what is missing; the records that a read gets do not. Offsets are int64.
 """
 
 from __future__ import annotations
@@ -61,10 +61,12 @@ def find_triton(table: Slots, reads: Reads) -> Found:
     shape = (count, reads.positions, reads.groups)
     regions = triton.next_power_of_2(len(reads.regions))
     kinds = dict(REGIONS=len(reads.regions), TILE=regions, BY_SPACE=by_space, READS=_READS, num_warps=1)
-    _probe[grid](*asked, table.tags, table.stamps, where, total, table.counts, table.clock, *shape, **kinds)
+    at_once = count <= _READS
+    if not at_once:
+        _probe[grid](*asked, table.tags, table.stamps, where, total, table.counts, table.clock, *shape, **kinds)
     _claim[grid](
         *asked, reads.rows, table.tags, table.stamps, where, keys, targets, owners, total, table.counts, table.clock,
-        *shape, reads.rows.shape[1], PARTS=most, **kinds,
+        *shape, reads.rows.shape[1], PARTS=most, PROBES=at_once, **kinds,
     )  # fmt: skip
     return Found(where, keys, targets, owners, total)
 
@@ -127,11 +129,12 @@ def _ask(asked, regions, by_space, count, positions, groups, BY_SPACE: tl.conste
     return read, here, tag, which
 
 
-@triton.jit(do_not_specialize=_VARYING)
-def _probe(
+@triton.jit
+def _probes(
     asked, regions, by_space, tags, stamps, where, missing, counts, clock, count, positions, groups,
     REGIONS: tl.constexpr, TILE: tl.constexpr, BY_SPACE: tl.constexpr, READS: tl.constexpr,
 ):  # fmt: skip
+    """Stamp what is there or awaited."""
     epoch = tl.load(clock) + 1
     if tl.program_id(0) == 0:
         tl.store(missing, 0)
@@ -153,12 +156,13 @@ def _probe(
     tl.atomic_add(line, hits, mask=hits > 0)
 
 
-@triton.jit(do_not_specialize=_VARYING)
-def _claim(
+@triton.jit
+def _claims(
     asked, regions, by_space, rows, tags, stamps, where, keys, targets, owners, missing, counts, clock,
     count, positions, groups, columns,
     PARTS: tl.constexpr, REGIONS: tl.constexpr, TILE: tl.constexpr, BY_SPACE: tl.constexpr, READS: tl.constexpr,
 ):  # fmt: skip
+    """Claim places for what is not, and say what is missing."""
     epoch = tl.load(missing + 1).to(tl.int32)
     if tl.program_id(0) == 0:
         tl.store(clock, epoch)
@@ -188,6 +192,30 @@ def _claim(
         for number in tl.static_range(4):
             many = (packed >> (16 * number)) & 0xFFFF
             tl.atomic_add(line + 1 + number, many, mask=many > 0)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _probe(
+    asked, regions, by_space, tags, stamps, where, missing, counts, clock, count, positions, groups,
+    REGIONS: tl.constexpr, TILE: tl.constexpr, BY_SPACE: tl.constexpr, READS: tl.constexpr,
+):  # fmt: skip
+    _probes(asked, regions, by_space, tags, stamps, where, missing, counts, clock, count, positions, groups,
+            REGIONS, TILE, BY_SPACE, READS)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _claim(
+    asked, regions, by_space, rows, tags, stamps, where, keys, targets, owners, missing, counts, clock,
+    count, positions, groups, columns,
+    PARTS: tl.constexpr, REGIONS: tl.constexpr, TILE: tl.constexpr, BY_SPACE: tl.constexpr, READS: tl.constexpr,
+    PROBES: tl.constexpr,
+):  # fmt: skip
+    if PROBES:  # one program does it all
+        _probes(asked, regions, by_space, tags, stamps, where, missing, counts, clock, count, positions, groups,
+                REGIONS, TILE, BY_SPACE, READS)  # fmt: skip
+        tl.debug_barrier()
+    _claims(asked, regions, by_space, rows, tags, stamps, where, keys, targets, owners, missing, counts, clock,
+            count, positions, groups, columns, PARTS, REGIONS, TILE, BY_SPACE, READS)  # fmt: skip
 
 
 @triton.jit
