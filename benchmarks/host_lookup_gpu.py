@@ -226,6 +226,9 @@ def decode(run: Run, sequences: int, steps: int, claim: str, claim_p99: str) -> 
     timed_steps(run, steps_ids[CHECKED_STEPS:DECODE_WARM_UP], read, memory.ids.copy_)
     before = run.bank.cache_counts()
     took = timed_steps(run, steps_ids[DECODE_WARM_UP:], read, memory.ids.copy_)
+    sofar = torch.cat((prompts, *steps_ids), 1)[:CHECKED]
+    found = [memory.wait(layer)[run.bank.name][:CHECKED] for layer in LAYERS]
+    require_right(run.bank, row_index(run.bank, sofar)[:, :, -1:], found)
     run.write(claim, "read", took, "us")
     run.write(claim_p99, "read-p99", [p99(took)], "us")
     run.write_hits(claim, "read", before, len(took), "bytes/step")
