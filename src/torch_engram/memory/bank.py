@@ -37,11 +37,11 @@ class MemoryBank:
     every layer its :class:`~torch_engram.stores.named_tables.NamedTable` or (path, name of the tensor). ``placement``:
     where rows live, ``device``, ``host`` or a function that makes a store; those of ``tables`` are loaded there, with
     ``host-shared`` once for all processes of a machine, or with ``disk`` and ``disk-direct`` read where they are,
-    through the page cache or past it. ``cache``: bytes of ``device`` for rows that were read lately, a number or such as
-    ``"8GB"``; none by default. ``codec``: how values are stored, by default fp32, or as the files have them; bf16, and in
-    a bank that is only read also fp16, fp8 or int8.
-    ``device``, ``dtype``: of the embeddings, so the backbone's. ``layouts``: a checkpoint's. Raises ``ValueError``
-    naming what does not fit, ``OSError`` for a file that cannot be read.
+    through the page cache or past it. ``cache``: bytes of ``device`` for rows that were read lately, a number or such
+    as ``"8GB"``; none by default. ``codec``: how values are stored, by default fp32, or as the files have them; bf16,
+    and in a bank that is only read also fp16, fp8 or int8. ``device``, ``dtype``: of the embeddings, so the backbone's.
+    ``layouts``: a checkpoint's. Raises ``ValueError`` naming what does not fit, ``OSError`` for a file that cannot be
+    read.
     """
 
     def __init__(

@@ -3,9 +3,9 @@
 Finding is two launches, or one where a single program has all reads. The first stamps what is there or awaited, so that
 the second evicts none of it. In the second, a read without a place looks for the oldest one of its set and claims it by
 compare-and-swap on the tag. Places of a set are tried in one fixed order and stay claimed, so two reads of one tag meet
-at the same place: one claims it, the other finds its own mark there. Only where an earlier batch is filled at this moment
-may they see other places free, and take two, which then hold the same. Which tag gets which place may differ from run to
-run, and so may the order of what is missing; the records that a read gets do not. Offsets are int64.
+at the same place: one claims it, the other finds its own mark there. Only where an earlier batch is filled at this
+moment may they see other places free, and take two, which then hold the same. Which tag gets which place may differ
+from run to run, and so may the order of what is missing; the records that a read gets do not. Offsets are int64.
 """
 
 from __future__ import annotations
