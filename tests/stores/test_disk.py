@@ -138,9 +138,9 @@ def test_a_large_fetch_goes_in_pieces(disk_store_of: Make, tmp_path: Path, monke
     store, sizes = disk_store_of(found), []
     read = store._reader.read
 
-    def note(files: Any, number: Any, starts: Any, nbytes: int, target: Any) -> None:
-        sizes.append(len(target))
-        read(files, number, starts, nbytes, target)
+    def note(files: Any, wanted: Any) -> None:
+        sizes.append(sum(each.target.size for each in wanted))
+        read(files, wanted)
 
     monkeypatch.setattr(store._reader, "read", note)
     store.fetch(torch.arange(900))

@@ -45,7 +45,7 @@ class Column:
 
     def locate(self, rows: Int64s) -> tuple[Int64s, Int64s]:
         """File and first byte of rows ``[n]``: two int64 ``[n]``."""
-        tensor = np.searchsorted(self.firsts, rows, side="right") - 1
+        tensor = self.firsts.searchsorted(rows, side="right") - 1
         return self.files[tensor], self.starts[tensor] + (rows - self.firsts[tensor]) * self.nbytes
 
     def pieces(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
@@ -144,7 +144,7 @@ class FileRows:
         was changed.
         """
         shape = last - first, self.layout.nbytes
-        records = torch.empty(shape, dtype=torch.uint8) if self.layout.gapless else self.layout.empty(last - first)
+        records = torch.empty(shape, dtype=torch.uint8) if not self.layout.gaps else self.layout.empty(last - first)
         self._read(first, last, [records[:, field.start : field.stop] for field in self.layout.fields])
         return records
 
