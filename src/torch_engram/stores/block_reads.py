@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from torch_engram.stores.open_files import OpenFile, unreadable
-from torch_engram.stores.row_reads import Bytes, Int64s, Wanted, bounds, flat, in_parts
+from torch_engram.stores.row_reads import Bytes, Int64s, Wanted, bounds, in_parts
 
 BLOCK = 4096
 _THREADS = 64
@@ -36,12 +36,12 @@ class BlockReader:
         """See :class:`~torch_engram.stores.row_reads.RowReader`."""
         return max(1, len(self._buffer) // _most_bytes(widths))
 
-    def read(self, files: Sequence[OpenFile], wanted: Sequence[Wanted]) -> None:
+    def read(self, files: Sequence[OpenFile], wanted: Wanted) -> None:
         """See :class:`~torch_engram.stores.row_reads.RowReader`."""
-        most = _most_bytes([each.target.shape[1] for each in wanted])
+        most = _most_bytes(wanted.widths)
         if most > len(self._buffer):  # a single row that is larger than the buffer
             self._buffer = _aligned(most)
-        number, starts, nbytes = flat(wanted)
+        number, starts, nbytes = wanted.flat()
         begin = starts & -BLOCK
         end = (starts + (nbytes + BLOCK - 1)) & -BLOCK
         backwards = starts[1:] < starts[:-1]  # a tensor of later rows may lie before, and so may another component
@@ -108,13 +108,8 @@ def _aligned(nbytes: int) -> Bytes:
     return np.frombuffer(mmap.mmap(-1, -(-nbytes // BLOCK) * BLOCK), np.uint8)  # begins on a page
 
 
-def _pick(buffer: Bytes, at: Int64s, wanted: Sequence[Wanted]) -> None:
-    """Copy rows, which begin at any byte ``at`` ``[N]`` of a buffer, to where they belong: one component after the
-    other."""
-    done = 0
-    for _, _, target in wanted:
-        rows, nbytes = target.shape
-        kind = np.dtype((np.void, nbytes))
-        anywhere = np.ndarray((len(buffer) - nbytes + 1,), kind, buffer, strides=(1,))
-        target.view(kind)[:, 0] = anywhere[at[done : done + rows]]
-        done += rows
+def _pick(buffer: Bytes, at: Int64s, wanted: Wanted) -> None:
+    """Copy components of rows, which begin at any byte ``at`` ``[C * n]`` of a buffer, to where they go."""
+    for column, own in zip(wanted.columns(), at.reshape(wanted.starts.shape), strict=True):
+        anywhere = np.ndarray((len(buffer) - column.itemsize + 1,), column.dtype, buffer, strides=(1,))
+        column[wanted.to] = anywhere[own]

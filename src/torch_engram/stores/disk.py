@@ -11,11 +11,10 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_engram.forks import OneProcess
@@ -55,6 +54,10 @@ class DiskStore:
         self.spaces = {space: table.rows for space, table in tables.items()}
         files = [file for table in tables.values() for file in table.files]
         self._reader = direct_reader(files, staging) if direct else cached_reader(staging)
+        self._fields = [slice(field.start, field.stop) for field in self.layout.fields]
+        room = self._reader.room([field.component.nbytes for field in self.layout.fields])
+        self._room = max(1, min(room, staging // self.layout.nbytes))
+        """Rows of a piece."""
         self._lock, self._process = threading.Lock(), OneProcess("A store of tables on disk")
 
     def fetch(self, keys: Tensor, group: Tensor | None = None) -> Tensor:
@@ -65,8 +68,8 @@ class DiskStore:
             records = torch.empty((len(asked), self.layout.nbytes), dtype=torch.uint8)
             self.fetch_into(asked, records)
             return records
-        distinct, back = _distinct(asked)
-        self._require_there(distinct)  # of all of them, before the first is read
+        distinct, back = np.unique(asked, return_inverse=True)
+        self._there(distinct)  # all of them, before the first is read
         records = torch.empty((len(distinct), self.layout.nbytes), dtype=torch.uint8, device=keys.device)
         most = max(1, self._staging // self.layout.nbytes)
         for start in range(0, len(distinct), most):
@@ -74,19 +77,23 @@ class DiskStore:
             staged = torch.empty(records[part].shape, dtype=torch.uint8, pin_memory=True)
             self.fetch_into(distinct[part], staged)
             records[part].copy_(staged, non_blocking=True)
-        return records if back is None else records[torch.from_numpy(back).to(keys.device)]
+        return records[torch.from_numpy(back).to(keys.device)]
 
     def fetch_into(self, keys: Int64s, out: Tensor) -> None:
         """Fill ``out`` uint8 ``[len(keys), nbytes]`` in host memory. Raises as :meth:`fetch` does."""
         self._process.require()
-        distinct, back = _distinct(keys)
-        records = out if back is None else torch.empty((len(distinct), self.layout.nbytes), dtype=torch.uint8)
-        self._require_there(distinct)
-        with self._lock:
-            for space, part in _by_space(distinct):
-                self._fill(self.tables[space], distinct[part] & ROW_MASK, records.numpy()[part])
-        if back is not None:
-            torch.index_select(records, 0, torch.from_numpy(back), out=out)
+        order = None if (keys[1:] >= keys[:-1]).all() else keys.argsort()
+        ascending = keys if order is None else keys[order]
+        is_new = ascending[1:] != ascending[:-1]
+        if is_new.all():
+            self._read_all(ascending, order, out.numpy())
+            return
+        chosen, back = np.append(True, is_new), np.empty(len(keys), np.int64)
+        back[slice(None) if order is None else order] = chosen.cumsum() - 1
+        distinct = ascending[chosen]
+        records = torch.empty((len(distinct), self.layout.nbytes), dtype=torch.uint8)
+        self._read_all(distinct, None, records.numpy())
+        torch.index_select(records, 0, torch.from_numpy(back), out=out)
 
     def new_ask(self, capacity: int, device: torch.device) -> Ask:
         """See :class:`~torch_engram.stores.asks.AskedStore`."""
@@ -102,44 +109,50 @@ class DiskStore:
                 for file in table.files:
                     os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def _require_there(self, keys: Int64s) -> None:
-        """Raises ``ValueError`` naming a row or a space of ascending keys that is not there."""
-        for space, part in _by_space(keys):
+    def _there(self, keys: Int64s) -> list[tuple[FileRows, Int64s, slice]]:
+        """Every table that ascending keys are of, its rows, and where they are among the keys. Raises ``ValueError``
+        naming a row or a space that is not there."""
+        found, start = [], 0
+        while start < len(keys):
+            space = int(keys[start]) >> SPACE_SHIFT
             if space not in self.tables:
                 raise ValueError(
                     f"There is no table with number {space} here: ask for {', '.join(map(str, self.tables))}."
                 )
-            self.tables[space].require_rows(keys[part] & ROW_MASK)
+            stop = int(keys.searchsorted(space << SPACE_SHIFT | ROW_MASK, side="right"))
+            rows = keys[start:stop] & ROW_MASK
+            self.tables[space].require_rows(rows)
+            found.append((self.tables[space], rows, slice(start, stop)))
+            start = stop
+        return found
 
-    def _fill(self, table: FileRows, rows: Int64s, out: Bytes) -> None:
-        """Fill ``out`` ``[n, nbytes]`` with the records of ascending rows."""
-        places = table.current(rows)
-        order = places.argsort(kind="stable") if places is not rows else None
-        room = self._reader.room([column.nbytes for column in table.columns])
-        room = max(1, min(room, self._staging // self.layout.nbytes))
-        used = np.zeros(len(table.files), bool)
-        for start in range(0, len(rows), room):
-            part = slice(start, start + room)
-            if order is None:
-                self._read(table, places[part], out[part], used)
-            else:
-                records = np.empty(out[part].shape, np.uint8)
-                self._read(table, places[order[part]], records, used)
-                out[order[part]] = records
-        for index in used.nonzero()[0].tolist():
-            table.files[index].require_unchanged()
-
-    def _read(self, table: FileRows, places: Int64s, records: Bytes, used: NDArray[np.bool_]) -> None:
-        """Fill ``records`` ``[n, nbytes]`` with ascending rows, as the table's columns number them, and note which
-        files were ``used``."""
+    def _read_all(self, keys: Int64s, to: Int64s | None, records: Bytes) -> None:
+        """Read the records of ascending keys to places ``to`` of ``records``, or in their order."""
+        there = self._there(keys)
         for gap in self.layout.gaps:
             records[:, gap] = 0
-        wanted = []
-        for column in table.columns:
-            number, starts = column.locate(places)
+        with self._lock:
+            for table, rows, part in there:
+                if to is None:
+                    self._read(table, rows, None, records[part])
+                else:
+                    self._read(table, rows, to[part], records)
+
+    def _read(self, table: FileRows, rows: Int64s, to: Int64s | None, records: Bytes) -> None:
+        """As :meth:`_read_all`, ascending rows of one table."""
+        places = table.current(rows)
+        if places is not rows:
+            order = places.argsort(kind="stable")
+            places, to = places[order], order if to is None else to[order]
+        used = np.zeros(len(table.files), bool)
+        for start in range(0, len(rows), self._room):
+            part = slice(start, start + self._room)
+            number, starts = table.locate(places[part])
             used[number] = True
-            wanted.append(Wanted(number, starts, records[:, column.field.start : column.field.stop]))
-        self._reader.read(table.files, wanted)
+            target = (records[part], slice(None)) if to is None else (records, to[part])
+            self._reader.read(table.files, Wanted(number, starts, self._fields, *target))
+        for index in used.nonzero()[0].tolist():
+            table.files[index].require_unchanged()
 
 
 def cached_reader(staging: int) -> RowReader:
@@ -166,26 +179,3 @@ def direct_reader(files: Sequence[OpenFile], staging: int) -> RowReader:
     except OSError as error:
         warnings.warn(f"There are no asynchronous reads here ({error}): threads take their place.", stacklevel=3)
         return BlockReader(direct, staging, ThreadTransfer())
-
-
-def _distinct(keys: Int64s) -> tuple[Int64s, Int64s | None]:
-    """Every key once, ascending, and where each of ``keys`` is among them; None where they are so already."""
-    if (keys[1:] > keys[:-1]).all():
-        return keys, None
-    order = keys.argsort()
-    ascending = keys[order]
-    is_new = np.ones(len(keys), bool)
-    is_new[1:] = ascending[1:] != ascending[:-1]
-    back = np.empty(len(keys), np.int64)
-    back[order] = is_new.cumsum() - 1
-    return ascending[is_new], back
-
-
-def _by_space(keys: Int64s) -> Iterator[tuple[int, slice]]:
-    """Where the keys of every space are among ascending ones."""
-    start = 0
-    while start < len(keys):
-        space = int(keys[start]) >> SPACE_SHIFT
-        stop = int(keys.searchsorted(space << SPACE_SHIFT | ROW_MASK, side="right"))
-        yield space, slice(start, stop)
-        start = stop

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from torch_engram.stores.open_files import OpenFile
-from torch_engram.stores.row_reads import Bytes, Int64s, Runs, Wanted, in_parts, unpack
+from torch_engram.stores.row_reads import Bytes, Int64s, Runs, Wanted, in_parts
 
 _RUNS_A_CALL = 1024  # what the kernel takes at once (IOV_MAX)
 _PAGE = mmap.PAGESIZE
@@ -48,10 +48,9 @@ class MapReader:
         """See :class:`~torch_engram.stores.row_reads.RowReader`."""
         return max(1, self._budget // sum(widths))
 
-    def read(self, files: Sequence[OpenFile], wanted: Sequence[Wanted]) -> None:
+    def read(self, files: Sequence[OpenFile], wanted: Wanted) -> None:
         """See :class:`~torch_engram.stores.row_reads.RowReader`."""
-        runs, packed = Runs.of(wanted), self._staging
-        size = sum(each.target.size for each in wanted)
+        runs, packed, size = Runs.of(wanted), self._staging, wanted.size
         if size > self._budget:  # a single row that is larger than the memory file
             packed = np.empty(size, np.uint8)
             runs.read(files, packed, slice(None))
@@ -59,7 +58,7 @@ class MapReader:
             bases = np.array([self._map(file) for file in files], np.int64)
             addresses = bases[runs.number] + runs.starts
             in_parts(self._pool, len(runs), _RUNS_A_CALL, lambda part: self._copy(files, runs, addresses, part))
-        unpack(packed, wanted)
+        wanted.unpack(packed)
 
     def unmap(self) -> None:
         """Give all maps back, for the system does not drop pages that are mapped."""

@@ -10,7 +10,7 @@ neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -26,14 +26,46 @@ _THREADS = 32
 
 
 class Wanted(NamedTuple):
-    """One component of rows: the i-th is read from byte ``starts[i]`` on of file ``number[i]`` to ``target[i]``."""
+    """``n`` rows to be read, in ``C`` components each, and where they go to."""
 
     number: Int64s
-    """``[n]``, among the files of a read."""
+    """``[C, n]``: in which file of a read each one lies."""
     starts: Int64s
-    """``[n]``."""
-    target: Bytes
-    """``[n, nbytes]``; the bytes of a row are contiguous, and others may lie between two rows."""
+    """``[C, n]``: its first byte there."""
+    fields: Sequence[slice]
+    """``C`` parts of a record."""
+    records: Bytes
+    """``[R, nbytes]``, contiguous rows."""
+    to: Int64s | slice
+    """Which of the records the rows are."""
+
+    @property
+    def widths(self) -> list[int]:
+        """``C`` numbers of bytes."""
+        return [field.stop - field.start for field in self.fields]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all components."""
+        return self.starts.shape[1] * sum(self.widths)
+
+    def flat(self) -> tuple[Int64s, Int64s, Int64s]:
+        """File, first byte and bytes of one component of every row after the other: int64 ``[C * n]`` each."""
+        nbytes = np.array(self.widths).repeat(self.starts.shape[1])
+        return self.number.reshape(-1), self.starts.reshape(-1), nbytes
+
+    def columns(self) -> Iterator[NDArray[np.void]]:
+        """Each component of the records, ``[R]``, one element a row."""
+        for field, width in zip(self.fields, self.widths, strict=True):
+            yield self.records[:, field].view(np.dtype((np.void, width)))[:, 0]
+
+    def unpack(self, packed: Bytes) -> None:
+        """Copy what was read side by side, one component of every row after the other, to where it goes."""
+        at = 0
+        for column in self.columns():
+            size = self.starts.shape[1] * column.itemsize
+            column[self.to] = packed[at : at + size].view(column.dtype)
+            at += size
 
 
 class RowReader(Protocol):
@@ -42,20 +74,12 @@ class RowReader(Protocol):
     def room(self, widths: Sequence[int]) -> int:
         """How many rows, with components of ``widths`` bytes, one :meth:`read` takes; 1 at least."""
 
-    def read(self, files: Sequence[OpenFile], wanted: Sequence[Wanted]) -> None:
+    def read(self, files: Sequence[OpenFile], wanted: Wanted) -> None:
         """Read all that is wanted; returns when no read is under way any more.
 
         Raises ``OSError`` naming the file for a read error, or when it ends before; whether a file was changed
         otherwise is for the caller to find out afterwards.
         """
-
-
-def flat(wanted: Sequence[Wanted]) -> tuple[Int64s, Int64s, Int64s]:
-    """File, first byte and bytes of every row of one component after the other: int64 ``[N]`` each."""
-    number = np.concatenate([each.number for each in wanted])
-    starts = np.concatenate([each.starts for each in wanted])
-    shapes = np.array([each.target.shape for each in wanted])
-    return number, starts, shapes[:, 1].repeat(shapes[:, 0])
 
 
 def bounds(apart: NDArray[np.bool_]) -> tuple[Int64s, Int64s]:
@@ -64,14 +88,6 @@ def bounds(apart: NDArray[np.bool_]) -> tuple[Int64s, Int64s]:
     both = np.ones(len(apart) + 2, bool)
     both[1:-1] = apart
     return both[:-1].nonzero()[0], both[1:].nonzero()[0]
-
-
-def unpack(packed: Bytes, wanted: Sequence[Wanted]) -> None:
-    """Copy what was read side by side, one component after the other, where it belongs."""
-    at = 0
-    for _, _, target in wanted:
-        target[:] = packed[at : at + target.size].reshape(target.shape)
-        at += target.size
 
 
 @dataclass(frozen=True)
@@ -85,9 +101,9 @@ class Runs:
     """Each one's first byte in the target."""
 
     @classmethod
-    def of(cls, wanted: Sequence[Wanted]) -> Runs:
+    def of(cls, wanted: Wanted) -> Runs:
         """Merged where a row begins where the one before it ends."""
-        number, starts, nbytes = flat(wanted)
+        number, starts, nbytes = wanted.flat()
         ends = starts + nbytes
         first, last = bounds((starts[1:] != ends[:-1]) | (number[1:] != number[:-1]))
         begin = starts[first]
@@ -115,14 +131,11 @@ class ThreadReader:
         """See :class:`RowReader`."""
         return max(1, self._budget // sum(widths))
 
-    def read(self, files: Sequence[OpenFile], wanted: Sequence[Wanted]) -> None:
+    def read(self, files: Sequence[OpenFile], wanted: Wanted) -> None:
         """See :class:`RowReader`."""
-        runs, target = Runs.of(wanted), wanted[0].target
-        straight = len(wanted) == 1 and target.flags.c_contiguous
-        packed = target.reshape(-1) if straight else np.empty(sum(each.target.size for each in wanted), np.uint8)
+        runs, packed = Runs.of(wanted), np.empty(wanted.size, np.uint8)
         in_parts(self._pool, len(runs), -(-len(runs) // _THREADS), lambda part: runs.read(files, packed, part))
-        if not straight:
-            unpack(packed, wanted)
+        wanted.unpack(packed)
 
 
 def in_parts(pool: ThreadPoolExecutor, count: int, size: int, work: Callable[[slice], None]) -> None:

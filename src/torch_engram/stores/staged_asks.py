@@ -26,7 +26,8 @@ class StagedAsk:
     def __init__(self, store: DiskStore, capacity: int, device: torch.device):
         self._store, self.capacity = store, capacity
         shape = capacity, store.layout.nbytes
-        self.records = torch.empty(shape, dtype=torch.uint8, device=device)
+        self._records = torch.empty(shape, dtype=torch.uint8, device=device)
+        self.records: Tensor | None = self._records
         self._staged = pinned(shape, torch.uint8, device)
         self._keys = pinned((capacity,), torch.int64, device)
         self._count = pinned((2,), torch.int64, device)
@@ -58,7 +59,7 @@ class StagedAsk:
         """See :class:`~torch_engram.stores.asks.Ask`."""
         self.wait()
         count = int(self._count[0])
-        records = self.records[:count]
+        records = self._records[:count]
         if not count:
             return records
         if self._copied is not None:  # what was staged before may be on its way still
