@@ -47,7 +47,7 @@ class Wanted(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes of all components."""
-        return self.starts.shape[1] * sum(self.widths)
+        return int(self.starts.shape[1]) * sum(self.widths)
 
     def flat(self) -> tuple[Int64s, Int64s, Int64s]:
         """File, first byte and bytes of one component of every row after the other: int64 ``[C * n]`` each."""
