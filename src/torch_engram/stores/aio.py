@@ -45,6 +45,7 @@ class AioTransfer:
         self._context = context.value
         weakref.finalize(self, _call, destroy, self._context)
         self._events = np.empty(_UNDER_WAY, _EVENT)
+        self._noted = self._events.ctypes.data
         self._make_requests(_UNDER_WAY)
 
     def _make_requests(self, many: int) -> None:
@@ -80,7 +81,7 @@ class AioTransfer:
 
     def _finish(self, done: Int64s, at_least: int) -> int:
         """Note the results of ``at_least`` reads, or of some when a signal comes; returns of how many."""
-        many = _call(self._getevents, self._context, at_least, _UNDER_WAY, self._events.ctypes.data, 0)
+        many = _call(self._getevents, self._context, at_least, _UNDER_WAY, self._noted, 0)
         if many < 0 and many != -errno.EINTR:
             raise OSError(-many, os.strerror(-many))
         ended = self._events[: max(many, 0)]

@@ -131,7 +131,7 @@ class FileRows:
         ``[C, n]``."""
         firsts, (files, starts) = self.columns[0].firsts, self._places
         tensor = firsts.searchsorted(rows, side="right") - 1
-        return files[:, tensor], starts[:, tensor] + (rows - firsts[tensor]) * self._widths
+        return files.take(tensor, 1), starts.take(tensor, 1) + (rows - firsts.take(tensor)) * self._widths
 
     def require_rows(self, rows: Int64s) -> None:
         """Raises ``ValueError`` naming the first row that the table does not have."""
