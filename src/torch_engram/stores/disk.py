@@ -68,7 +68,9 @@ class DiskStore:
             records = torch.empty((len(asked), self.layout.nbytes), dtype=torch.uint8)
             self.fetch_into(asked, records)
             return records
-        distinct, back = np.unique(asked, return_inverse=True)
+        distinct, back = asked, None
+        if (asked[1:] <= asked[:-1]).any():
+            distinct, back = np.unique(asked, return_inverse=True)
         self._there(distinct)  # all of them, before the first is read
         records = torch.empty((len(distinct), self.layout.nbytes), dtype=torch.uint8, device=keys.device)
         most = max(1, self._staging // self.layout.nbytes)
@@ -77,7 +79,7 @@ class DiskStore:
             staged = torch.empty(records[part].shape, dtype=torch.uint8, pin_memory=True)
             self.fetch_into(distinct[part], staged)
             records[part].copy_(staged, non_blocking=True)
-        return records[torch.from_numpy(back).to(keys.device)]
+        return records if back is None else records[torch.from_numpy(back).to(keys.device)]
 
     def fetch_into(self, keys: Int64s, out: Tensor) -> None:
         """Fill ``out`` uint8 ``[len(keys), nbytes]`` in host memory. Raises as :meth:`fetch` does."""
