@@ -29,6 +29,7 @@ from torch_engram.stores import (
 )
 from torch_engram.stores.block_reads import BLOCK
 from torch_engram.stores.file_rows import FileRows
+from torch_engram.stores.open_files import OpenFile
 from torch_engram.stores.parts import update_table
 from torch_engram.stores.synthetic import LAYOUTS, synthesise
 from torch_engram.stores.tensor_files import TensorWriter, encode_header
@@ -138,13 +139,31 @@ def test_a_large_fetch_goes_in_pieces(disk_store_of: Make, tmp_path: Path, monke
     store, sizes = disk_store_of(found), []
     read = store._reader.read
 
-    def note(files: Any, number: Any, starts: Any, nbytes: int, target: Any) -> None:
-        sizes.append(len(target))
-        read(files, number, starts, nbytes, target)
+    def note(files: Any, wanted: Any) -> None:
+        sizes.append(wanted.size)
+        read(files, wanted)
 
     monkeypatch.setattr(store._reader, "read", note)
     store.fetch(torch.arange(900))
     assert max(sizes) <= SMALLEST and sum(sizes) == 900 * 128 and len(sizes) > 1
+
+
+def test_all_components_are_one_read_and_every_file_is_looked_at_once(
+    disk_store_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synthesise(tmp_path / "table", "deepseek-v4.1", 900, 256, "fp8")
+    found = tables(tmp_path / "table")
+    store, reads, looks = disk_store_of(found, disk.STAGING), [], []
+    read, look = store._reader.read, OpenFile.require_unchanged
+    monkeypatch.setattr(store._reader, "read", lambda *asked: (reads.append(asked), read(*asked)))
+    store.fetch(torch.tensor([1]))  # what is done once for every file
+    reads.clear()
+    monkeypatch.setattr(OpenFile, "require_unchanged", lambda file: (looks.append(file), look(file)))
+    store.fetch(torch.arange(899, 0, -60))
+    assert len(reads) == 1 and len(found[0].columns) == 2
+    monkeypatch.setattr(store, "_room", 7)
+    store.fetch(torch.arange(900))
+    assert len(reads) == 1 + 129 and looks == [*found[0].files] * 2
 
 
 def test_rows_past_2_to_the_31(disk_store_of: Make, tmp_path: Path) -> None:

@@ -52,8 +52,7 @@ def test_records_are_the_rows_of_the_files(
     last = data.draw(st.integers(first, rows))
     assert torch.equal(table.read(first, last), expected[first:last])
     require_apart(table, first, last)
-    for column in table.columns:
-        files, starts = column.locate(np.arange(rows))
+    for column, files, starts in zip(table.columns, *table.locate(np.arange(rows)), strict=True):
         for row in (first, last):
             if row < rows:
                 at = int(starts[row])

@@ -114,8 +114,7 @@ class RandomReads:
         rows = self._random.integers(0, table.rows, count)
         own = np.array([self._number[file] for file in table.files], np.int64)
         files, firsts, sizes = [], [], []
-        for column in table.columns:
-            number, starts = column.locate(rows)
+        for column, number, starts in zip(table.columns, *table.locate(rows), strict=True):
             first = starts // BLOCK * BLOCK
             files.append(own[number])
             firsts.append(first)

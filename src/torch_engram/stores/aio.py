@@ -27,6 +27,7 @@ _REQUEST = np.dtype([
 """The kernel's ``struct iocb``, little-endian."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.syscall.restype = ctypes.c_long
+_LIBC.syscall.argtypes = [ctypes.c_long] * 6
 _EVENT = np.dtype([("data", "u8"), ("request", "u8"), ("result", "i8"), ("result2", "i8")])
 
 
@@ -43,20 +44,31 @@ class AioTransfer:
             raise OSError(refused, os.strerror(refused))
         self._context = context.value
         weakref.finalize(self, _call, destroy, self._context)
+        self._events = np.empty(_UNDER_WAY, _EVENT)
+        self._noted = self._events.ctypes.data
+        self._make_requests(_UNDER_WAY)
+
+    def _make_requests(self, many: int) -> None:
+        """Memory for ``many`` requests at once, which is kept: what is the same for all reads is written here."""
+        self._requests = np.zeros(many, _REQUEST)
+        self._requests["data"], self._requests["opcode"] = np.arange(many), _READ
+        self._pointers = self._requests.ctypes.data + np.arange(many) * _REQUEST.itemsize
+        self._first = self._pointers.ctypes.data
 
     def __call__(self, descriptors: Int64s, starts: Int64s, sizes: Int64s, buffer: Bytes, places: Int64s) -> Int64s:
         """See :data:`~torch_engram.stores.block_reads.Transfer`."""
-        requests = np.zeros(len(starts), _REQUEST)
-        requests["data"], requests["opcode"], requests["descriptor"] = np.arange(len(starts)), _READ, descriptors
-        requests["address"], requests["size"], requests["start"] = buffer.ctypes.data + places, sizes, starts
-        pointers = requests.ctypes.data + np.arange(len(starts)) * _REQUEST.itemsize
+        if len(starts) > len(self._requests):
+            self._make_requests(len(starts))
+        requests = self._requests[: len(starts)]
+        requests["descriptor"], requests["address"] = descriptors, buffer.ctypes.data + places
+        requests["size"], requests["start"] = sizes, starts
         done = np.zeros(len(starts), np.int64)
         begun = ended = 0
         try:
             while ended < len(starts):
                 many = min(len(starts) - begun, _UNDER_WAY - (begun - ended))
                 if many:
-                    taken = _call(self._submit, self._context, many, pointers[begun:].ctypes.data)
+                    taken = _call(self._submit, self._context, many, self._first + begun * self._pointers.itemsize)
                     if taken < 0 and not (taken == -errno.EAGAIN and begun > ended):
                         done[begun], taken, ended = taken, 1, ended + 1  # the first of them is refused
                     begun += max(taken, 0)
@@ -69,16 +81,15 @@ class AioTransfer:
 
     def _finish(self, done: Int64s, at_least: int) -> int:
         """Note the results of ``at_least`` reads, or of some when a signal comes; returns of how many."""
-        events = np.empty(_UNDER_WAY, _EVENT)
-        many = _call(self._getevents, self._context, at_least, _UNDER_WAY, events.ctypes.data, 0)
+        many = _call(self._getevents, self._context, at_least, _UNDER_WAY, self._noted, 0)
         if many < 0 and many != -errno.EINTR:
             raise OSError(-many, os.strerror(-many))
-        ended = events[: max(many, 0)]
+        ended = self._events[: max(many, 0)]
         done[ended["data"].astype(np.int64)] = ended["result"]
         return len(ended)
 
 
 def _call(number: int, *arguments: int) -> int:
     """A system call; its result, or the negative error number."""
-    done = int(_LIBC.syscall(ctypes.c_long(number), *(ctypes.c_long(argument) for argument in arguments)))
+    done = int(_LIBC.syscall(number, *arguments, *(0,) * (5 - len(arguments))))
     return done if done >= 0 else -ctypes.get_errno()

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from torch_engram.stores.open_files import OpenFile, unreadable
-from torch_engram.stores.row_reads import Bytes, Int64s, in_parts
+from torch_engram.stores.row_reads import Bytes, Int64s, Wanted, bounds, in_parts
 
 BLOCK = 4096
 _THREADS = 64
@@ -32,38 +32,38 @@ class BlockReader:
     def __init__(self, direct: Mapping[OpenFile, int], budget: int, transfer: Transfer):
         self._direct, self._buffer, self._transfer = dict(direct), _aligned(budget), transfer
 
-    def room(self, nbytes: int) -> int:
+    def room(self, widths: Sequence[int]) -> int:
         """See :class:`~torch_engram.stores.row_reads.RowReader`."""
-        return max(1, len(self._buffer) // _most_bytes(nbytes))
+        return max(1, len(self._buffer) // _most_bytes(widths))
 
-    def read(self, files: Sequence[OpenFile], number: Int64s, starts: Int64s, nbytes: int, target: Bytes) -> None:
+    def read(self, files: Sequence[OpenFile], wanted: Wanted) -> None:
         """See :class:`~torch_engram.stores.row_reads.RowReader`."""
-        if _most_bytes(nbytes) > len(self._buffer):  # a single row that is larger than the buffer
-            self._buffer = _aligned(_most_bytes(nbytes))
-        first, last = starts // BLOCK, (starts + nbytes - 1) // BLOCK
-        begins = np.ones(len(starts), bool)
-        backwards = starts[1:] < starts[:-1]  # a tensor of later rows may lie before
-        begins[1:] = (number[1:] != number[:-1]) | (first[1:] > last[:-1] + 1) | backwards
-        head = np.flatnonzero(begins)
-        tail = np.append(head[1:], len(starts)) - 1
-        sizes = (last[tail] - first[head] + 1) * BLOCK
-        places = np.cumsum(sizes) - sizes
-        self._fill([files[i] for i in number[head].tolist()], first[head] * BLOCK, sizes, places)
-        run = np.cumsum(begins) - 1
-        _pick(self._buffer, places[run] + starts - first[head][run] * BLOCK, nbytes, target)
+        most = _most_bytes(wanted.widths)
+        if most > len(self._buffer):  # a single row that is larger than the buffer
+            self._buffer = _aligned(most)
+        number, starts, nbytes = wanted.flat()
+        begin = starts & -BLOCK
+        end = (starts + (nbytes + BLOCK - 1)) & -BLOCK
+        backwards = starts[1:] < starts[:-1]  # a tensor of later rows may lie before, and so may another component
+        head, tail = bounds((number[1:] != number[:-1]) | (begin[1:] > end[:-1]) | backwards)
+        first = begin[head]
+        sizes = end[tail] - first
+        places = sizes.cumsum() - sizes
+        self._fill(files, number[head], first, sizes, places)
+        _pick(self._buffer, (places - first).repeat(tail - head + 1) + starts, wanted)
 
-    def _fill(self, files: Sequence[OpenFile], starts: Int64s, sizes: Int64s, places: Int64s) -> None:
+    def _fill(self, files: Sequence[OpenFile], number: Int64s, starts: Int64s, sizes: Int64s, places: Int64s) -> None:
         """Read blocks to their places in the buffer; the last block of a file may be short."""
-        descriptors = np.array([self._direct[file] for file in files], np.int64)
-        there = np.array([file.size for file in files], np.int64) - starts
+        descriptors = np.array([self._direct[file] for file in files], np.int64)[number]
         done = self._transfer(descriptors, starts, sizes, self._buffer, places)
-        wanted = np.minimum(sizes, there)
-        for i in np.flatnonzero(done < wanted).tolist():
-            if done[i] < 0:
-                files[i].require_unchanged()
-                raise unreadable(files[i].path, int(starts[i]), -int(done[i]))
-            at, stop = int(places[i] + done[i]), int(places[i] + wanted[i])
-            files[i].read_into(int(starts[i] + done[i]), self._buffer[at:stop])
+        for i in (done < sizes).nonzero()[0].tolist():
+            file, start, read, at = files[number[i]], int(starts[i]), int(done[i]), int(places[i])
+            if read < 0:
+                file.require_unchanged()
+                raise unreadable(file.path, start, -read)
+            wanted = min(int(sizes[i]), file.size - start)
+            if read < wanted:
+                file.read_into(start + read, self._buffer[at + read : at + wanted])
 
 
 def open_direct(file: OpenFile) -> int:
@@ -99,17 +99,17 @@ class ThreadTransfer:
         return done
 
 
-def _most_bytes(nbytes: int) -> int:
-    """Of the blocks that a row of ``nbytes`` bytes may lie in."""
-    return (-(-(nbytes - 1) // BLOCK) + 1) * BLOCK
+def _most_bytes(widths: Sequence[int]) -> int:
+    """Of the blocks that a row with components of ``widths`` bytes may lie in."""
+    return sum((-(-(nbytes - 1) // BLOCK) + 1) * BLOCK for nbytes in widths)
 
 
 def _aligned(nbytes: int) -> Bytes:
     return np.frombuffer(mmap.mmap(-1, -(-nbytes // BLOCK) * BLOCK), np.uint8)  # begins on a page
 
 
-def _pick(buffer: Bytes, at: Int64s, nbytes: int, target: Bytes) -> None:
-    """Rows that begin at any byte of a buffer, side by side."""
-    kind = np.dtype((np.void, nbytes))
-    anywhere = np.ndarray((len(buffer) - nbytes + 1,), kind, buffer, strides=(1,))
-    target.view(kind)[:] = anywhere[at]
+def _pick(buffer: Bytes, at: Int64s, wanted: Wanted) -> None:
+    """Copy components of rows, which begin at any byte ``at`` ``[C * n]`` of a buffer, to where they go."""
+    for column, own in zip(wanted.columns(), at.reshape(wanted.starts.shape), strict=True):
+        anywhere = np.ndarray((len(buffer) - column.itemsize + 1,), column.dtype, buffer, strides=(1,))
+        column[wanted.to] = anywhere[own]

@@ -43,11 +43,6 @@ class Column:
         """Bytes of a row."""
         return self.field.component.nbytes
 
-    def locate(self, rows: Int64s) -> tuple[Int64s, Int64s]:
-        """File and first byte of rows ``[n]``: two int64 ``[n]``."""
-        tensor = np.searchsorted(self.firsts, rows, side="right") - 1
-        return self.files[tensor], self.starts[tensor] + (rows - self.firsts[tensor]) * self.nbytes
-
     def pieces(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
         """Rows ``first`` to ``last`` by tensor: file, first byte, rows."""
         while first < last:
@@ -81,6 +76,9 @@ class FileRows:
         number = {file.path: index for index, file in enumerate(self.files)}
         self.columns = [_column(field, found, number) for field, found in places.items()]
         """One for every field of the layout."""
+        assert all(np.array_equal(column.firsts, self.columns[0].firsts) for column in self.columns), "rows lie apart"
+        self._places = [np.array([getattr(column, of) for column in self.columns]) for of in ("files", "starts")]
+        self._widths = np.array([[column.nbytes] for column in self.columns], np.int64)
         self._changed = np.empty(0, np.int64) if changed is None else changed
         self._newest = np.empty(0, np.int64) if newest is None else newest
 
@@ -128,6 +126,13 @@ class FileRows:
         at = np.searchsorted(self._changed, rows).clip(max=len(self._changed) - 1)
         return np.where(self._changed[at] == rows, self._newest[at], rows)
 
+    def locate(self, rows: Int64s) -> tuple[Int64s, Int64s]:
+        """File and first byte of every component of rows ``[n]``, as :attr:`columns` number them: two int64
+        ``[C, n]``."""
+        firsts, (files, starts) = self.columns[0].firsts, self._places
+        tensor = firsts.searchsorted(rows, side="right") - 1
+        return files.take(tensor, 1), starts.take(tensor, 1) + (rows - firsts.take(tensor)) * self._widths
+
     def require_rows(self, rows: Int64s) -> None:
         """Raises ``ValueError`` naming the first row that the table does not have."""
         outside = rows[(rows < 0) | (rows >= self.rows)]
@@ -144,7 +149,7 @@ class FileRows:
         was changed.
         """
         shape = last - first, self.layout.nbytes
-        records = torch.empty(shape, dtype=torch.uint8) if self.layout.gapless else self.layout.empty(last - first)
+        records = torch.empty(shape, dtype=torch.uint8) if not self.layout.gaps else self.layout.empty(last - first)
         self._read(first, last, [records[:, field.start : field.stop] for field in self.layout.fields])
         return records
 

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from torch_engram.stores.open_files import OpenFile
-from torch_engram.stores.row_reads import Bytes, Int64s, Runs, in_parts
+from torch_engram.stores.row_reads import Bytes, Int64s, Runs, Wanted, in_parts
 
 _RUNS_A_CALL = 1024  # what the kernel takes at once (IOV_MAX)
 _PAGE = mmap.PAGESIZE
@@ -39,37 +39,40 @@ class MapReader:
         self._pwritev = ctypes.CDLL(None, use_errno=True).pwritev
         self._pwritev.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64]
         self._pwritev.restype = ctypes.c_ssize_t
-        self._maps: weakref.WeakKeyDictionary[OpenFile, Bytes] = weakref.WeakKeyDictionary()
+        self._maps: dict[OpenFile, tuple[int, Bytes]] = {}
         self._pool = ThreadPoolExecutor(min(8, max(2, os.cpu_count() or 1)), thread_name_prefix="engram-disk")
         self._waits = True
         """Whether the newest call had to wait for the disk."""
 
-    def room(self, nbytes: int) -> int:
+    def room(self, widths: Sequence[int]) -> int:
         """See :class:`~torch_engram.stores.row_reads.RowReader`."""
-        return max(1, self._budget // nbytes)
+        return max(1, self._budget // sum(widths))
 
-    def read(self, files: Sequence[OpenFile], number: Int64s, starts: Int64s, nbytes: int, target: Bytes) -> None:
+    def read(self, files: Sequence[OpenFile], wanted: Wanted) -> None:
         """See :class:`~torch_engram.stores.row_reads.RowReader`."""
-        if len(target) > self._budget:  # a single row that is larger than the memory file
-            Runs.of(number, starts, nbytes).read(files, target, slice(None))
-            return
-        runs = Runs.of(number, starts, nbytes)
-        bases = np.array([self._map(file).ctypes.data for file in files], np.int64)
-        addresses = bases[runs.number] + runs.starts
-        in_parts(self._pool, len(runs), _RUNS_A_CALL, lambda part: self._copy(files, runs, addresses, part))
-        target[:] = self._staging[: len(target)]
+        runs, packed, size = Runs.of(wanted), self._staging, wanted.size
+        if size > self._budget:  # a single row that is larger than the memory file
+            packed = np.empty(size, np.uint8)
+            runs.read(files, packed, slice(None))
+        else:
+            bases = np.array([self._map(file) for file in files], np.int64)
+            addresses = bases[runs.number] + runs.starts
+            in_parts(self._pool, len(runs), _RUNS_A_CALL, lambda part: self._copy(files, runs, addresses, part))
+        wanted.unpack(packed)
 
     def unmap(self) -> None:
         """Give all maps back, for the system does not drop pages that are mapped."""
         self._maps.clear()
 
-    def _map(self, file: OpenFile) -> Bytes:
+    def _map(self, file: OpenFile) -> int:
+        """The address of a file's first byte."""
         if file not in self._maps:
             file.require_unchanged()  # of one that was truncated there is no map
             mapped = mmap.mmap(file.descriptor, file.size, mmap.MAP_SHARED, mmap.PROT_READ)
             mapped.madvise(mmap.MADV_RANDOM)
-            self._maps[file] = np.frombuffer(mapped, np.uint8)
-        return self._maps[file]
+            there = np.frombuffer(mapped, np.uint8)
+            self._maps[file] = there.ctypes.data, there
+        return self._maps[file][0]
 
     def _copy(self, files: Sequence[OpenFile], runs: Runs, addresses: Int64s, part: slice) -> None:
         """Bring some runs, at most as many as the kernel takes at once, into the memory file."""

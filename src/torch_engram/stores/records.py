@@ -79,9 +79,11 @@ class RecordLayout:
         return -(-size // unit) * unit
 
     @cached_property
-    def gapless(self) -> bool:
-        """Whether every byte of a record is some field's."""
-        return sum(field.component.nbytes for field in self.fields) == self.nbytes
+    def gaps(self) -> tuple[slice, ...]:
+        """The bytes of a record that are no field's."""
+        starts = [0, *(field.stop for field in self.fields)]
+        stops = [*(field.start for field in self.fields), self.nbytes]
+        return tuple(slice(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop)
 
     def view(self, records: Tensor, field: Field) -> Tensor:
         """One component of uint8 records ``[U, nbytes]``, without a copy: ``[U, component.width]``."""
