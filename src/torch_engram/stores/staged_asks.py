@@ -36,7 +36,8 @@ class StagedAsk:
 
     def send(self, keys: Tensor, count: Tensor) -> None:
         """See :class:`~torch_engram.stores.asks.Ask`."""
-        self._keys[: len(keys)].copy_(keys, non_blocking=True)  # all of them, for the host does not know how many
+        most = min(len(keys), self.capacity)  # all of them, for the host does not know how many; more are never meant
+        self._keys[:most].copy_(keys[:most], non_blocking=True)
         self._count.copy_(count, non_blocking=True)
 
     def sent(self) -> None:
