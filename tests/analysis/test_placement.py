@@ -36,7 +36,7 @@ def test_costs_are_the_written_formulas():
     gather = 3 * entry / 1283e9
     assert device.token_us == pytest.approx(1e6 * gather) and device.bus_bytes == device.disk_bytes == 0
     assert host.bus_bytes == pytest.approx(1.25 * entry) and host.disk_reads == 0
-    assert host.token_us == pytest.approx(1e6 * (gather + 1.25 * entry / 16.1e9))
+    assert host.token_us == pytest.approx(1e6 * (gather + 1.25 * entry / 33.5e9))
     assert disk.disk_reads == pytest.approx(1.25 * 16 * 2) and disk.disk_bytes == pytest.approx(40 * 4096)
     assert disk.token_us == pytest.approx(1e6 * (gather + 40 / 47_000 + 1.25 * entry / 54.9e9))
     assert all(one.step_us == pytest.approx(512 * one.token_us) for one in (device, host, disk))
@@ -52,7 +52,7 @@ def test_one_read_is_waited_for_by_a_step_that_reads_at_all():
 def test_without_a_gpu_nothing_crosses_a_bus():
     demand = Demand(1, (1.0, 1.0, 1.0), (0.5, 0.5, 0.5))
     host = cost("host", V41, Machine(hbm=0, ram=1, disk=1), demand)
-    assert host.bus_bytes == 0 and host.token_us == pytest.approx(1e6 * 3 * 16 * 264 / 16.1e9)
+    assert host.bus_bytes == 0 and host.token_us == pytest.approx(1e6 * 3 * 16 * 264 / 33.5e9)
     disk = cost("disk", V41, Machine(hbm=0, ram=1, disk=1), demand)
     assert disk.bus_bytes == 0 and disk.disk_reads == pytest.approx(1.5 * 32)
 
