@@ -26,8 +26,8 @@ class Machine:
     bus: float = 54.9e9
     """Bytes a second of copies from pinned memory to the GPU."""
     host_gather: float = 33.5e9
-    """Bytes a second of rows in host memory that reach the GPU: 100,000 rows of 272 bytes that it reads itself in unified
-    memory (dev/checks/host-pages-h100.log). Without a GPU, those that the CPU gathers, 17 to 27e9 there."""
+    """Bytes a second of rows in host memory that reach the GPU: 100,000 rows of 272 bytes that it reads itself in
+    unified memory (dev/checks/host-pages-h100.log). Without a GPU, those that the CPU gathers, 17 to 27e9 there."""
     device_gather: float = 1283e9
     """Bytes a second of rows gathered in GPU memory."""
     disk_iops: float = 47_000
