@@ -51,7 +51,7 @@ def demo_recipe(out: Path) -> Recipe:
         validation_share=0.01,
         seq_len=256,
         batch_size=16,
-        steps=140,
+        steps=120,
         warmup=20,
         schedule="linear",
         floor=0.0,
