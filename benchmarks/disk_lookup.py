@@ -47,8 +47,7 @@ def blocks_of(bank: MemoryBank, files: dict[int, FileRows], windows: Tensor) -> 
     blocks = runs = 0
     for layer, file in files.items():
         rows = np.unique(bank.addressing.rows(windows, layer)[1].numpy())
-        for column in file.columns:
-            number, starts = column.locate(rows)
+        for column, number, starts in zip(file.columns, *file.locate(rows), strict=True):
             ends = np.stack((starts, starts + column.nbytes - 1), 1) // BLOCK
             found = np.unique(number[:, None] << 40 | ends)
             blocks, runs = blocks + len(found), runs + 1 + int((np.diff(found) > 1).sum())
