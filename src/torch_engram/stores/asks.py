@@ -107,8 +107,8 @@ class PlainAsk:
         """Nothing."""
 
     def place(self, slots: Slots, found: Found) -> None:
-        """Not for this one: the device is not alone."""
-        raise NotImplementedError
+        """Not for this one."""
+        raise AssertionError("the host has rows to bring")
 
     def beside(self) -> nullcontext[None]:
         """Nothing."""

@@ -107,8 +107,8 @@ class HostAsk:
         """See :class:`~torch_engram.stores.asks.Ask`. Raises ``ValueError`` naming a row or a space that is not
         there."""
         if self.alone:
+            self._wait_for_read()  # first, since who gives up after an error looks at what was found
             self.check()
-            self._wait_for_read()
             return self.records
         self.wait()
         count = int(self._found[0])
