@@ -480,6 +480,7 @@ def counts(bank):
     return torch.cat([rows.planes["count"] for layer in step._rows.values() for rows in layer])
 begun = counts(open_bank(folder, optimizer=RowAdam))
 for attempt in range(12):
+    wait, tell = os.pipe()
     child = os.fork()
     if child == 0:
         bank = open_bank(folder, optimizer=RowAdam)
@@ -488,8 +489,11 @@ for attempt in range(12):
             sum(step[0].wait(layer)["engram"].sum() for layer in bank.config.layers).backward()
             step.reduce()
             step.apply()
+            os.write(tell, b".")
             save_bank(bank, folder)
-    time.sleep(random.Random(attempt).uniform(0.05, 0.3))
+    for _ in range(1 + attempt % 2):  # a busy machine takes its time to come to a save, the first or the second one
+        os.read(wait, 1)
+    time.sleep(random.Random(attempt).uniform(0, 0.2))
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     print(*set((counts(open_bank(folder, optimizer=RowAdam)) - begun).flatten().tolist()))
