@@ -5,26 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from torch_engram.addressing import Addressing, CanonicalVocab, LayerLayout, Lookup
 from torch_engram.config import EngramConfig
 from torch_engram.memory.cached_reads import CachedFetch, CachedReads, counts_by_order
+from torch_engram.memory.exchange import Exchange
 from torch_engram.memory.file_tables import IN_PLACE, NEVER_WRITTEN, FileTables, Tables
 from torch_engram.memory.lanes import LaneFetch, Lanes
 from torch_engram.memory.lookups import Lookups
 from torch_engram.memory.placement import PLACEMENTS, StoreFactory, make_sources, require_known, require_trainable
 from torch_engram.memory.prefetching import Prefetcher
 from torch_engram.memory.rows import TouchedRows
+from torch_engram.memory.sharded_rows import ShardedRows
 from torch_engram.memory.source import Source
 from torch_engram.memory.tables import Table, tables_of
 from torch_engram.memory.tokens import Tokens
 from torch_engram.memory.working_set import Memory, WorkingSet
 from torch_engram.optim import RowOptimizer
-from torch_engram.stores import NgramCache, Plane, RecordLayout, RowFormat, WritableStore
+from torch_engram.stores import NgramCache, Plane, RecordLayout, RowFormat, Shard, WritableStore
 from torch_engram.window import Window
 
 
@@ -40,8 +44,9 @@ class MemoryBank:
     through the page cache or past it. ``cache``: bytes of ``device`` for rows that were read lately, a number or such
     as ``"8GB"``; none by default. ``codec``: how values are stored, by default fp32, or as the files have them; bf16,
     and in a bank that is only read also fp16, fp8 or int8. ``device``, ``dtype``: of the embeddings, so the backbone's.
-    ``layouts``: a checkpoint's. Raises ``ValueError`` naming what does not fit, ``OSError`` for a file that cannot be
-    read.
+    ``layouts``: a checkpoint's. ``group``: the ranks of :mod:`torch.distributed` that the rows are divided over; all of
+    them then make the bank, and read and train in the same order. Raises ``ValueError`` naming what does not fit,
+    ``OSError`` for a file that cannot be read.
     """
 
     def __init__(
@@ -59,23 +64,31 @@ class MemoryBank:
         name: str = "engram",
         seed: int = 0,
         layouts: Mapping[int, LayerLayout] | None = None,
+        group: ProcessGroup | None = None,
     ):
         self.config, self.name, self.dtype, self.device = config, name, dtype, torch.device(device)
         self.addressing = Addressing(config, vocab, layouts)
         self.tables = list(tables_of(config, self.addressing.layouts))
         self.seed, self.in_files = seed, tables is not None
         """``in_files``: whether the rows are those of tables in files, which nobody changes."""
+        self.exchange = None if group is None else self._divided(group, optimizer is not None)
         make = self._choose_stores(tables, placement, codec, optimizer is not None)
         self._proxies = [nn.Parameter(torch.empty(0, table.dim, device=self.device)) for table in self.tables]
         self.optimizer = optimizer(self._proxies) if optimizer is not None else None
         self._sources = make_sources(
             self.tables, [self._format(table) for table in self.tables], make,
-            device=self.device, name=name, trains=optimizer is not None, cache=cache,
+            device=self.device, name=name, trains=optimizer is not None, cache=cache, shard=self.shard,
         )  # fmt: skip
-        self._reads: type[TouchedRows] = CachedReads if cache is not None and optimizer is None else TouchedRows
+        self._reads: Callable[[Table, Source], TouchedRows] = TouchedRows
+        if self.exchange is not None:
+            self._reads = partial(ShardedRows, exchange=self.exchange)
+        elif cache is not None and optimizer is None:
+            self._reads = CachedReads
         self.saved: tuple[Path, str, tuple[int, ...]] | None = None
         """Where the rows were last saved to or loaded from: folder, digest of its contents, since when stores count."""
-        self._prefetcher = Prefetcher(name, self.device, dtype, cached=self._reads is CachedReads)
+        self._prefetcher = Prefetcher(
+            name, self.device, dtype, cached=self._reads is CachedReads, together=self.exchange is not None
+        )
         self._lanes: Lanes | None = None
         front = self._sources[0].store
         if isinstance(front, NgramCache) and self.replayable:
@@ -98,6 +111,18 @@ class MemoryBank:
         if trains:
             require_trainable(self.codec)
         return PLACEMENTS[placement] if isinstance(placement, str) else placement
+
+    def _divided(self, group: ProcessGroup, trains: bool) -> Exchange:
+        if not trains:
+            raise ValueError(
+                "Only rows that are trained are divided over ranks: give an optimizer, or leave out group=."
+            )
+        return Exchange(group)
+
+    @property
+    def shard(self) -> Shard | None:
+        """Which of the rows this rank holds; None where it holds all."""
+        return None if self.exchange is None else self.exchange.shard
 
     def parameters(self) -> list[nn.Parameter]:
         """One proxy a table: between ``reduce()`` and ``apply()`` it is the step's rows ``[U, dim]`` and their
@@ -259,6 +284,10 @@ class MemoryBank:
         assert self.optimizer is not None
         bound = (self.optimizer.state.get(proxy) for proxy in self._proxies)
         return all(planes is touched.planes for planes, touched in zip(bound, rows, strict=True))
+
+    def _norm(self, own: Tensor) -> Tensor:
+        """Of the row gradients of all ranks, from that of this one's."""
+        return own if self.exchange is None else self.exchange.norm(own)
 
     def _unbind(self, rows: Sequence[TouchedRows]) -> None:
         """Empty the proxies, unless they are another step's rows by now."""

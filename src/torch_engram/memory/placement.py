@@ -17,6 +17,8 @@ from torch_engram.stores import (
     HostStore,
     RecordLayout,
     RowFormat,
+    Shard,
+    ShardedStore,
     Store,
     WritableStore,
     cached,
@@ -43,11 +45,12 @@ def make_sources(
     name: str,
     trains: bool,
     cache: int | str | None = None,
+    shard: Shard | None = None,
 ) -> list[Source]:
     """One source a table; tables whose records are alike share a store, and stores share the ``cache`` evenly.
 
-    ``name``: the memory's. Raises ``ValueError`` when its rows or the cache do not fit, or rows are to be trained in a
-    read-only store.
+    ``name``: the memory's. ``shard``: which of the rows are held here, where they are divided over ranks. Raises
+    ``ValueError`` when its rows or the cache do not fit, or rows are to be trained in a read-only store.
     """
     share = None if cache is None else parse_size(cache) // len(set(formats))
     sources: dict[RowFormat, Source] = {}
@@ -55,10 +58,11 @@ def make_sources(
         if own in sources:
             continue
         spaces = {table.space: table.rows for table, other in zip(tables, formats, strict=True) if other == own}
+        held = spaces if shard is None else {space: shard.count(rows) for space, rows in spaces.items()}
         try:
-            store = make(own.layout, spaces, device)
+            store = make(own.layout, held, device)
         except (MemoryError, torch.OutOfMemoryError) as error:
-            size = sum(spaces.values()) * own.layout.nbytes / 2**30
+            size = sum(held.values()) * own.layout.nbytes / 2**30
             state, smaller = (" with their optimiser state", "RowwiseAdam, ") if trains else ("", "")
             raise ValueError(
                 f"The tables of memory {name!r} take {size:,.1f} GiB{state}, which {device} does not have: lower "
@@ -69,6 +73,9 @@ def make_sources(
         if share is not None:
             alike = [table for table, other in zip(tables, formats, strict=True) if other == own]
             store = _behind_cache(store, own, alike, share, device, trains)
+        if shard is not None:
+            assert isinstance(store, WritableStore), "only rows that are trained are divided over ranks"
+            store = ShardedStore(store, shard, spaces)
         sources[own] = Source(store, own)
     return [sources[own] for own in formats]
 

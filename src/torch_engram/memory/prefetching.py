@@ -49,10 +49,11 @@ class Prefetcher:
     """The threads and streams of the memory ``name``, whose embeddings are of ``dtype`` on ``device``.
 
     ``cached``: rows come through caches by n-gram. On a GPU they are then found on another stream than they are brought
-    on: finding waits for the device, which is busy with bringing.
+    on: finding waits for the device, which is busy with bringing. ``together``: other ranks fetch along, so that what
+    was asked for is not given up.
     """
 
-    def __init__(self, name: str, device: torch.device, dtype: torch.dtype, cached: bool):
+    def __init__(self, name: str, device: torch.device, dtype: torch.dtype, *, cached: bool, together: bool):
         self._device, self._dtype = device, dtype
         self._process = OneProcess(f"Memory {name!r}")
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-prefetch")
@@ -63,6 +64,7 @@ class Prefetcher:
         )
         """``aside`` is for what is done in a step beside the network: newer writes laid over, gradients merged."""
         self._finding = finding if cached else self._stream
+        self._together = together
 
     def find(self, find: Callable[[], list[Lookup]], given: Iterable[Tensor] = ()) -> Future[Lookups]:
         """Have ``find`` called with what the current stream was given so far; it reads tensors that are ``given``."""
@@ -92,6 +94,8 @@ class Prefetcher:
         """
         prepared: dict[int, Future[PreparedLayer]] = {layer: Future() for layer in rows}
         for layer in rows:
+            if self._together:
+                prepared[layer].set_running_or_notify_cancel()
             self._worker.submit(self._prepare, prepared[layer], layer, rows[layer], lookups, live)
         return prepared
 
@@ -111,7 +115,7 @@ class Prefetcher:
         live: Sequence[Tensor | None],
     ) -> None:
         """All that can be done before the step; what a later write changes is done again."""
-        if not prepared.set_running_or_notify_cancel():
+        if not self._together and not prepared.set_running_or_notify_cancel():
             return
         try:
             with _on(self._stream):

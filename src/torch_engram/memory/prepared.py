@@ -99,5 +99,5 @@ def expanded(rows: Sequence[TouchedRows], dtype: torch.dtype) -> list[Tensor]:
     embeddings = [torch.empty((*shape, sum(widths)), dtype=dtype, device=rows[0].device) for shape in rows[0].shapes]
     for micro, whole in enumerate(embeddings):
         for touched, part in zip(rows, whole.split(widths, dim=-1), strict=True):
-            touched.expand(micro, part)
+            touched.expand_ahead(micro, part)
     return embeddings

@@ -55,7 +55,6 @@ class TouchedRows:
         self.shapes = [rows.shape[:2] for _, rows in lookups]
         reads = self._reads([rows[..., self.table.columns] for _, rows in lookups])
         ids, first_read, all_reads = unique_rows(torch.cat(reads) - self.table.first_row, self.table.rows)
-        self.keys = make_keys(self.table.space, ids)
         if len(reads) == 1:
             self.segments = [all_reads]
         else:
@@ -64,7 +63,17 @@ class TouchedRows:
         group = None
         if self.source.store.grouped:
             group = torch.cat(self._reads([mix[..., list(self.table.orders)] for mix, _ in lookups]))[first_read]
+        self._bring(ids, group)
+
+    def _bring(self, ids: Tensor, group: Tensor | None) -> None:
+        self.keys = make_keys(self.table.space, ids)
         self.planes = DecodedRows(self.source.format, self.keys, self.source.store.fetch(self.keys, group))
+
+    @property
+    def values(self) -> Tensor:
+        """``[U, dim]``: what positions read."""
+        assert self.planes is not None, "fetch comes before the rows are read"
+        return self.planes["value"]
 
     def _reads(self, columns: Sequence[Tensor]) -> list[Tensor]:
         """``[B, T, c]`` of every micro-batch flattened to one entry a read, dead positions left out."""
@@ -72,15 +81,18 @@ class TouchedRows:
         live = [part if kept is None else part[kept] for part, kept in zip(flat, self.kept, strict=True)]
         return [part.reshape(-1) for part in live]
 
+    def expand_ahead(self, micro: int, out: Tensor) -> None:
+        """:meth:`expand`, as far as that can be done before the step."""
+        self.expand(micro, out)
+
     def expand(self, micro: int, out: Tensor) -> None:
         """Write the rows of micro-batch ``micro`` to their positions in ``out`` ``[B, T, c·dim]``, and zero to dead
         positions."""
-        assert self.planes is not None, "fetch comes before expand"
         inverse, kept, dim = self.segments[micro].inverse, self.kept[micro], self.table.dim
         if kept is None and out.is_contiguous():
-            expand(self.planes["value"], inverse, out.view(-1, dim))
+            expand(self.values, inverse, out.view(-1, dim))
             return
-        rows = expand(self.planes["value"], inverse, out.new_empty(len(inverse), dim)).view(-1, self.width)
+        rows = expand(self.values, inverse, out.new_empty(len(inverse), dim)).view(-1, self.width)
         positions = out.view(-1, self.width)
         if kept is None:
             positions.copy_(rows)
@@ -139,6 +151,9 @@ class TouchedRows:
         reads = (flat if kept is None else flat[kept]).reshape(-1, self.table.dim)
         merged = merge(reads, self.segments[micro])
         self.grad = merged if self.grad is None else self.grad.add_(merged)
+
+    def reduce(self) -> None:
+        """Bring the gradients of all who read the rows together: a rank alone has them all."""
 
     def total_grad(self) -> Tensor:
         """The gradient fp32 ``[U, dim]``, zero for rows that were read but got none."""

@@ -77,7 +77,8 @@ class WorkingSet:
 
     @property
     def touched(self) -> int:
-        """U over all tables: the distinct rows that this step touches. Waits for all of them."""
+        """U over all tables: the distinct rows that this step touches, of those that this rank holds. Waits for all of
+        them."""
         return sum(rows.distinct for rows in self._all_rows())
 
     def _require(self, micro: int) -> None:
@@ -164,16 +165,19 @@ class WorkingSet:
             raise ValueError("This memory was only read: use prefetch(), on a bank that has an optimizer.")
         self._expect("open", "reduce() was called already")
         for layer in self._rows:
-            self._layer(layer).join()
+            prepared = self._layer(layer)
+            prepared.join()
+            for touched in prepared.rows:
+                touched.reduce()
         self._bank._bind(self._all_rows())
         self._state = "reduced"
 
     def norm(self) -> Tensor:
-        """The Euclidean norm of all row gradients, a scalar; it counts what clipping has done to them."""
+        """The Euclidean norm of all row gradients, those of all ranks, a scalar; it counts what clipping has done to
+        them."""
         self._expect("reduced", "call reduce() before norm()")
         norms = [rows.total_grad().norm() for rows in self._all_rows()]
-        total: Tensor = torch.stack(norms).norm()
-        return total
+        return self._bank._norm(torch.stack(norms).norm())
 
     def apply(self, scale: float = 1.0) -> None:
         """Multiply the gradients by ``scale``, take one step of the bank's optimiser, and write the rows back.

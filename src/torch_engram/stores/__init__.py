@@ -13,6 +13,7 @@ from torch_engram.stores.ngram_cache import Begun, Heads, NgramCache, ngram_cach
 from torch_engram.stores.parts import check_table, load_table, parts_in, save_table, update_table
 from torch_engram.stores.protocol import Store, WritableStore
 from torch_engram.stores.records import Plane, RecordLayout, RowFormat, make_keys
+from torch_engram.stores.shard import Shard, ShardedStore
 from torch_engram.stores.shared_host import SharedHostStore
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "Plane",
     "RecordLayout",
     "RowFormat",
+    "Shard",
+    "ShardedStore",
     "SharedHostStore",
     "Store",
     "WritableCachedStore",

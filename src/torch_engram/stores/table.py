@@ -142,6 +142,6 @@ class TableStore:
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Zeroed bytes."""
-    if device.type == "cpu":  # torch.zeros would touch every page
+    if device.type == "cpu" and all(shape):  # torch.zeros would touch every page, but NumPy's strides of nothing are 0
         return torch.from_numpy(np.zeros(shape, np.uint8))
     return torch.zeros(shape, dtype=torch.uint8, device=device)

@@ -1,0 +1,84 @@
+"""What ranks send each other of the rows that a step touches: ids ahead of it, then rows, then their gradients.
+
+Every row crosses to a rank that reads it once, however often it reads it, and its gradient once back. All calls are
+collective: every rank makes them in the same order. Those of a prefetch have a process group of their own, for they
+run beside those of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torch_engram.stores import Shard
+
+
+class Exchange:
+    """The ranks of ``group`` among which a memory's rows are divided. Making one is collective, too."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        ranks = dist.get_process_group_ranks(group)
+        self.shard = Shard(group.rank(), group.size())
+        self.group = group
+        """For what the step itself does."""
+        self._ahead = dist.new_group(ranks)
+
+    def route(self, rows: Tensor) -> Route:
+        """Ask for distinct ``rows`` int64 ``[U]`` of one table where they are held. Waits for the device."""
+        owners = self.shard.owners(rows)
+        order = owners.argsort(stable=True)
+        asks = torch.bincount(owners, minlength=self.shard.ranks)
+        asked = torch.empty_like(asks)
+        dist.all_to_all_single(asked, asks, group=self._ahead)
+        sent, come = asks.tolist(), asked.tolist()
+        own = self.shard.own_number(rows)[order]
+        return Route(self.group, order, sent, come, self._swap(own, sent, come))
+
+    def _swap(self, rows: Tensor, sent: Sequence[int], come: Sequence[int]) -> Tensor:
+        return swap(rows, sent, come, self._ahead)
+
+    def norm(self, own: Tensor) -> Tensor:
+        """The norm of what all ranks hold from that of what this one does, a scalar."""
+        total = own.square()
+        dist.all_reduce(total, group=self.group)
+        return total.sqrt_()
+
+    def sum(self, own: Tensor) -> Tensor:
+        """The sum over the ranks, each time in the same order."""
+        every = [torch.empty_like(own) for _ in range(self.shard.ranks)]
+        dist.all_gather(every, own.contiguous(), group=self.group)
+        return torch.stack(every).sum(0)
+
+
+class Route:
+    """The way of one table's rows in one step, between the ranks that hold them and those that read them.
+
+    ``order``: int64 ``[U]``, the rows that this rank reads, sorted by the rank that holds them. ``asked``: int64
+    ``[R]``, what each rank in turn reads of this one's rows, as this one numbers them.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, order: Tensor, sent: Sequence[int], come: Sequence[int], asked: Tensor
+    ):
+        self._group, self.order, self._sent, self._come, self.asked = group, order, sent, come, asked
+
+    def answer(self, values: Tensor) -> Tensor:
+        """Rows ``[R, dim]`` that the ranks asked for to them; the rows ``[U, dim]`` that this one asked for."""
+        found = swap(values, self._come, self._sent, self._group)
+        rows = torch.empty_like(found)
+        rows[self.order] = found
+        return rows
+
+    def give(self, grads: Tensor) -> Tensor:
+        """Gradients ``[U, dim]`` of the rows that this rank read to those that hold them; ``[R, dim]`` of its own."""
+        return swap(grads[self.order], self._sent, self._come, self._group)
+
+
+def swap(rows: Tensor, sent: Sequence[int], come: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """``sent[r]`` of ``rows`` ``[n, …]``, in order, to rank r; ``come[r]`` from it."""
+    found = rows.new_empty(sum(come), *rows.shape[1:])
+    dist.all_to_all_single(found, rows.contiguous(), list(come), list(sent), group=group)
+    return found

@@ -1,0 +1,34 @@
+"""Real processes with gloo between them, as many as a test wants ranks."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+
+def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What ``function(*arguments)`` returns on every rank, in processes of their own, where torch.distributed is there.
+
+    ``function`` is at the top of its module. Raises what one of them raised.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_rank, (ranks, Path(folder), function, arguments), ranks)  # type: ignore[no-untyped-call]
+        return [torch.load(_result(Path(folder), rank), weights_only=False) for rank in range(ranks)]
+
+
+def _rank(rank: int, ranks: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    torch.save(function(*arguments), _result(folder, rank))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _result(folder: Path, rank: int) -> Path:
+    return folder / f"{rank}.pt"
