@@ -17,7 +17,7 @@ from torch_engram.memory import MemoryBank, Tokens, WorkingSet
 from torch_engram.optim import ROW_OPTIMIZERS
 from torch_engram.stores import make_keys
 
-STEPS = 12
+STEPS = 8
 FIELDS: dict[str, Any] = dict(
     layers=(1, 3), hidden=8, vocab_size=60, max_ngram=3, heads=(1, 2), row_dim=(3, 5), rows_per_head=13, init_std=0.5,
 )  # fmt: skip
@@ -101,7 +101,7 @@ def same(left: dict[str, list[Tensor]], right: dict[str, list[Tensor]]) -> bool:
 
 
 CASES: list[tuple[int, dict[str, Any]]] = [
-    (0, {}), (1, {}), (3, {"placement": "host"}), (2, {"placement": "host", "cache": 20_000}),
+    (0, {}), (3, {"placement": "host"}), (2, {"placement": "host", "cache": 20_000}),
     (0, {"optimizer": "rowwise_adam", "codec": "bf16"}), (2, {"optimizer": "rowwise_adam", "codec": "bf16"}),
 ]  # fmt: skip
 
@@ -110,9 +110,9 @@ CASES: list[tuple[int, dict[str, Any]]] = [
 def test_tables_divided_over_ranks_train_as_one_does(ranks: int) -> None:
     every = run_ranks(ranks, train_all, CASES)
     for rank in every:
-        assert all(same(rank[0], other) for other in rank[1:4])  # at any depth and placement, bit for bit
-        assert same(rank[4], rank[5])
-    for case in (0, 4):
+        assert all(same(rank[0], other) for other in rank[1:3])  # at any depth and placement, bit for bit
+        assert same(rank[3], rank[4])
+    for case in (0, 3):
         alone, runs = train_alone(ranks, **CASES[case][1]), [rank[case] for rank in every]
         close = dict(rtol=1e-4, atol=1e-5) if case == 0 else dict(rtol=2e-2, atol=2e-2)  # bf16 is rounded by luck
         for number, (mine, theirs) in enumerate(zip(_by_step(runs, "seen"), alone["seen"], strict=True)):
