@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -84,8 +83,8 @@ class MemoryBank:
             self._reads = partial(ShardedRows, exchange=self.exchange)
         elif cache is not None and optimizer is None:
             self._reads = CachedReads
-        self.saved: tuple[Path, str, tuple[int, ...]] | None = None
-        """Where the rows were last saved to or loaded from: folder, digest of its contents, since when stores count."""
+        self.saved: tuple[str, tuple[int, ...]] | None = None
+        """What was last saved or loaded: its digest, and since when stores count changes of it."""
         self._prefetcher = Prefetcher(
             name, self.device, dtype, cached=self._reads is CachedReads, together=self.exchange is not None
         )
@@ -117,7 +116,7 @@ class MemoryBank:
             raise ValueError(
                 "Only rows that are trained are divided over ranks: give an optimizer, or leave out group=."
             )
-        return Exchange(group)
+        return Exchange(group, self.device)
 
     @property
     def shard(self) -> Shard | None:

@@ -8,7 +8,7 @@ from torch_engram.stores.disk import DiskStore
 from torch_engram.stores.file_rows import FileRows
 from torch_engram.stores.host import HostStore
 from torch_engram.stores.loaded import LoadedStore
-from torch_engram.stores.manifest import Manifest, planes_of
+from torch_engram.stores.manifest import Manifest, Part, planes_of
 from torch_engram.stores.ngram_cache import Begun, Heads, NgramCache, ngram_cache
 from torch_engram.stores.parts import check_table, load_table, parts_in, save_table, update_table
 from torch_engram.stores.protocol import Store, WritableStore
@@ -31,6 +31,7 @@ __all__ = [
     "LoadedStore",
     "Manifest",
     "NgramCache",
+    "Part",
     "Plane",
     "RecordLayout",
     "RowFormat",
