@@ -68,7 +68,7 @@ def number_ngrams(addressing: Addressing, tokens: _Ints, doc_starts: _Ints) -> N
 def number_rows(addressing: Addressing, tokens: _Ints, doc_starts: _Ints) -> Ngrams:
     """Number the rows that each order's first head reads in the first layer: n-grams that collide share a number.
 
-    Takes and raises what :func:`number_ngrams` does, and holds as much.
+    Takes and raises what :func:`number_ngrams` does. Holds some twenty integers a token.
     """
     config, windows = addressing.config, _windows(addressing, tokens, doc_starts)
     heads = config.per_order("heads")
