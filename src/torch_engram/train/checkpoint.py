@@ -6,7 +6,8 @@
 - ``tokenizer.json``.
 
 A checkpoint is written under a hidden name, synced and renamed; earlier ones are removed only after that, and under a
-hidden name too. What a killed run left under hidden names goes with the next save.
+hidden name too. What a killed run left under hidden names goes with the next save. Of tables only the rows that
+changed since the checkpoint before are written; it shares its other files, which outlive it.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def save_checkpoint(
         for left in folder.glob(_hidden(folder / f"{_PREFIX}*").name):
             shutil.rmtree(left)
         partial.mkdir(parents=True)
-        _write(partial, step, decoder, banks, optimizers, tokenizer, facts)
+        _write(partial, step, decoder, banks, optimizers, tokenizer, facts, latest_checkpoint(folder))
         os.rename(partial, final)
         sync(folder)
         for old in checkpoints(folder)[:-keep]:
@@ -99,11 +100,13 @@ def _write(
     optimizers: Sequence[torch.optim.Optimizer],
     tokenizer: Tokenizer,
     facts: Mapping[str, Any],
+    since: Path | None,
 ) -> None:
+    """``since``: an earlier checkpoint, whose rows need not be written again where they are the same."""
     save_file(_contiguous(_weights(decoder)), partial / "model.safetensors")
     save_file(_contiguous(_optimizer_tensors(optimizers)), partial / "optimizer.safetensors")
     for name, bank in banks.items():
-        save_bank(bank, partial / f"memory-{name}")
+        save_bank(bank, partial / f"memory-{name}", since and since / f"memory-{name}")
     (partial / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     content = {
         "step": step,
