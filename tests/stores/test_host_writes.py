@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torch_engram.stores import HostStore, Plane, RecordLayout, WritableCachedStore, host_writes, make_keys
+from torch_engram.stores import HostStore, Plane, RecordLayout, WritableCachedStore, host, host_writes, make_keys
 from torch_engram.stores.host_memory import HostMemory, PrivateMemory, own_memory
 from torch_engram.stores.host_reads import ALL, HostReads
 from torch_engram.stores.host_writes import HostWrites
@@ -69,6 +69,18 @@ def test_every_way_writes_the_rows_and_marks_them(reads: HostReads, writes: list
     assert not any(len(table.changed(space)) for space in SPACES)
     HostWrites(reads).begin(torch.tensor([3], device=KERNELS), torch.zeros_like(table.records[:1], device=KERNELS))()
     assert table.changed(0).tolist() == [3], "a GPU marks where it did before"
+
+
+def test_a_store_for_gpus_counts_changes_as_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "own_memory", memory_of)
+    store = HostStore(LAYOUT, SPACES, for_gpu=True)
+    marks = store.table.marks
+    assert store.counts_from == 0 and marks is not None and len(marks.bytes) == 57
+    for number in (1, 2):
+        store.write(make_keys(3, torch.tensor([number])), LAYOUT.empty(1))
+        store.flush()
+        assert store.changed(3).tolist() == [number] and marks.bytes.sum() == 1
+        assert store.forget_changes() == number and not marks.bytes.any()
 
 
 def test_a_write_is_acknowledged_when_it_is_done_and_the_fifth_waits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,9 +38,9 @@ class HostStore(TableStore):
         rows = sum(spaces.values())
         memory, marks = (own_memory(rows * size) if for_gpu else None for size in (layout.nbytes, 1))
         super().__init__(RecordTable(layout, spaces, torch.device("cpu"), memory, marks))
-        if for_gpu:
-            self.table.words.zero_()  # all threads make its pages now; a GPU's first touch would make them one by one
-            self.table.forget_changes()
+        for own in (memory, marks):
+            if own is not None:  # all threads make its pages now; a GPU's first touch would make them one by one
+                torch.from_numpy(own.bytes).zero_()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engram-host-writer")
         self._pending: deque[Future[None]] = deque()
         self._reads: dict[torch.device, HostReads] = {}
