@@ -1,6 +1,7 @@
 """A bank on disk: its tables, and everything that says what the rows mean.
 
-- ``memory.json``: name, configuration, layouts (multipliers, primes), codec, seed, digests, and each table's manifest;
+- ``memory.json``: name, configuration, layouts (multipliers, primes), codec, seed, digests, each table's manifest, and
+  the running sums that lazy decay is paid by, where rows decay lazily;
 - ``canonical-<digests>.safetensors``: the canonical vocabulary (scheme ``engram``);
 - ``table-00/`` and so on: the parts of each table, named by their content.
 
@@ -59,7 +60,7 @@ def save_bank(bank: MemoryBank, directory: Path) -> None:
         before = _files(directory)
         try:
             tables = list(_write_tables(bank, directory))
-            content = {**facts(bank), "tables": [manifest.to_dict() for manifest in tables]}
+            content = {**facts(bank), **_decay(bank), "tables": [manifest.to_dict() for manifest in tables]}
             if bank.addressing.vocab is not None:
                 bank.addressing.vocab.save(directory / canonical_file(content))
             sync(directory)
@@ -90,6 +91,12 @@ def _write_tables(bank: MemoryBank, directory: Path) -> Iterator[Manifest]:
             yield update_table(folder, earlier.tables[number], source.store.changed(table.space), layout, read)
         else:
             yield save_table(folder, table.rows, layout, read)
+
+
+def _decay(bank: MemoryBank) -> dict[str, Any]:
+    """What the rows' ``last`` counts in."""
+    optimizer = bank.optimizer
+    return {"owed_decay": optimizer.owed_decay} if optimizer is not None and optimizer.lazy_decay else {}
 
 
 def _counted_from(bank: MemoryBank, directory: Path) -> SavedMemory | None:
@@ -148,6 +155,8 @@ def load_bank(bank: MemoryBank, directory: Path) -> None:
         raise ValueError(f"{directory / FACTS} does not name the parts of its tables: use an intact copy.")
     for table, manifest in zip(bank.tables, saved.tables, strict=True):
         check_table(directory / table_folder(table.space), manifest, table.rows, bank.source(table).format.layout)
+    if bank.optimizer is not None and bank.optimizer.lazy_decay:
+        bank.optimizer.load_owed_decay(saved.owed_decay)
     bank.saved = None
     for table, manifest in zip(bank.tables, saved.tables, strict=True):
         layout = bank.source(table).format.layout
