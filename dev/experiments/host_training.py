@@ -27,16 +27,17 @@ from torch_engram.stores import ask_kernels, table_kernels
 from torch_engram.stores.host_reads import ALL
 
 GPU = torch.cuda.is_available()
+AS_IT_IS = table_kernels.scatter_triton
 SIZES = Sizes(turns=4) if GPU else Sizes(
     small=5_000, middle=20_000, largest=20_000, batch_size=2, seq_len=32, accumulation=2, hidden=64, vocab=512,
     turns=2, steps=2, warm_up=1,
 )  # fmt: skip
-READS = {"256x4": (256, 4, 4), "64x16": (64, 16, 4), "32x16": (32, 16, 4), "16x32": (16, 32, 4), "16x32w8": (16, 32, 8)}
+READS = {"256x4": (256, 4, 4), "64x16": (64, 16, 4), "32x16": (32, 16, 4)}
 WRITES = {"32x1024": (32, 1024, 4), "16x4096": (16, 4096, 16), "8x4096": (8, 4096, 16)}
 """Programs, rows or words that each moves together, warps."""
 CHOICES = [
-    ("256x4", "32x1024"), ("64x16", "16x4096"), ("32x16", "8x4096"), ("16x32", "8x4096"), ("16x32w8", "8x4096"),
-    ("256x4", "staged"), ("32x16", "staged"), ("16x32", "staged"), ("staged", "staged"),
+    ("256x4", "32x1024"), ("64x16", "16x4096"), ("32x16", "8x4096"), ("32x16", "32x1024"),
+    ("256x4", "staged"), ("32x16", "staged"), ("staged", "32x1024"), ("staged", "staged"),
 ]  # fmt: skip
 
 
@@ -64,7 +65,9 @@ def read_rows(how: tuple[int, int, int], words, keys, count, bases, rows, head, 
     )  # fmt: skip
 
 
-def write_rows(how: tuple[int, int, int], table, bases, keys, records, changed, programs) -> None:
+def write_rows(how: tuple[int, int, int], table, bases, keys, records, changed, programs=None) -> None:
+    if programs is None:  # a table in HBM
+        return AS_IT_IS(table, bases, keys, records, changed)
     programs, words, warps = how
     table_kernels._scatter[(programs,)](
         table, bases, keys, records, changed, records.numel(), programs, WIDTH=table.shape[1], WORDS=words,
