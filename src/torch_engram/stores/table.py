@@ -20,7 +20,8 @@ class RecordTable:
     """Records of every row of ``spaces`` (space → rows), zeroed, in one allocation on ``device``.
 
     A CPU's is mapped at first touch, so a table of any size costs nothing until it is used. ``memory``: host memory
-    that the records are in instead, as they are.
+    that the records are in instead, as they are; ``marks``: such memory of a zero byte a row, where GPUs that write
+    mark what they wrote.
     """
 
     def __init__(
@@ -29,10 +30,11 @@ class RecordTable:
         spaces: Mapping[int, int],
         device: torch.device,
         memory: HostMemory | None = None,
+        marks: HostMemory | None = None,
     ):
         self.layout, self.spaces, self.device = layout, dict(spaces), device
         shape = (sum(spaces.values()), layout.nbytes)
-        self.memory = memory
+        self.memory, self.marks = memory, marks
         self.records = _zeros(shape, device) if memory is None else torch.from_numpy(memory.bytes).view(shape)
         self.words = self.records.view(torch.int64)
         """The same, for rows move as 8-byte words: int64 ``[rows, nbytes / 8]``."""
@@ -41,15 +43,17 @@ class RecordTable:
             bases[space] = base
         self.bases = bases.to(device)
         """Where the rows of every space begin, int64 by its number."""
-        self._changed = _zeros((len(self.records),), device)
+        self._changed = _zeros(shape[:1], device) if marks is None else torch.from_numpy(marks.bytes)
         self.counts_from = 0
 
-    def reach(self, device: torch.device) -> Tensor | None:
-        """:attr:`words` of a table on the host as kernels of a GPU reach them; None where nothing was done for that.
-        Raises what :meth:`HostMemory.reach <torch_engram.stores.host_memory.HostMemory.reach>` does."""
+    def reach(self, device: torch.device) -> tuple[Tensor, Tensor | None] | None:
+        """Of a table on the host, :attr:`words` and the marks uint8 ``[rows]``, if it has any, as kernels of a GPU
+        reach them; None where nothing was done for that. Raises what
+        :meth:`HostMemory.reach <torch_engram.stores.host_memory.HostMemory.reach>` does."""
         if self.memory is None:
             return None
-        return torch.from_numpy(self.memory.reach(device)).view(torch.int64).view(self.words.shape)
+        words = torch.from_numpy(self.memory.reach(device)).view(torch.int64).view(self.words.shape)
+        return words, None if self.marks is None else torch.from_numpy(self.marks.reach(device))
 
     def index(self, keys: Tensor) -> Tensor:
         """Position of every key in the array, int64."""
@@ -114,7 +118,10 @@ class RecordTable:
     def forget_changes(self) -> int:
         """Count changes from here on; returns the new :attr:`counts_from`."""
         self.counts_from += 1
-        self._changed = _zeros(self._changed.shape, self.device)
+        if self.marks is None:  # a CPU's new zeros have no pages yet
+            self._changed = _zeros(self._changed.shape, self.device)
+        else:  # GPUs go on to mark there
+            self._changed.zero_()
         return self.counts_from
 
 
