@@ -228,8 +228,8 @@ class Kind:
 def kinds(peft: Path | None) -> dict[str, Kind]:
     """All ways by name; without engram-peft where its folder is not given."""
     found = {
-        "ours-adam": Kind(lambda s: Ours(s, RowAdam), lambda dim: 12 * dim + 9),
-        "ours-rowwise": Kind(lambda s: Ours(s, RowwiseAdam), lambda dim: 4 * dim + 9),
+        "ours-adam": Kind(lambda s: Ours(s, RowAdam), lambda dim: 12 * dim + 17),
+        "ours-rowwise": Kind(lambda s: Ours(s, RowwiseAdam), lambda dim: 4 * dim + 17),
         "ours-adam-host": Kind(lambda s: Ours(s, RowAdam, "host"), lambda dim: 0),
         "dense-adam": Kind(lambda s: torch_table(s, sparse=False), lambda dim: 16 * dim),
         "sparse-adam": Kind(lambda s: torch_table(s, sparse=True), lambda dim: 12 * dim),
