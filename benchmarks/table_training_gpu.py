@@ -78,6 +78,10 @@ class Network:
         self.decoder = Decoder(shape, recompute=True).to(device)
         self.optimizer = torch.optim.Adam(self.decoder.parameters(), 1e-4, fused=True)
         self._mixed = device.type == "cuda"
+        for parameter in self.decoder.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()  # changes nothing; its state is there before any way is, and counts to none
+        self.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, way: Way, setting: Setting, number: int) -> None:
         """Forward and backward of step ``number``."""
@@ -218,7 +222,7 @@ def time_group(
 def measure(
     ways: Mapping[str, Kind], network: Network, setting: Setting, asked: argparse.Namespace, note: Note
 ) -> None:
-    """All ways at one number of rows."""
+    """All ways at one number of rows; each is told of as soon as it is known."""
     distinct = [float(len(batch.rows.unique())) for batch in setting.batches]
     note(f"distinct-{setting.label}", distinct, "rows", reference=float(setting.batch(0).rows.numel()))
     queue, ours, alone = list(together(ways, setting)), None, None
@@ -229,11 +233,11 @@ def measure(
             report(NETWORK, setting.label, taken[NETWORK], taken[NETWORK], note)
         alone, ours = taken.get(NETWORK, alone), taken.get(OURS, ours)
         for name in group:
-            if name in taken:
-                report(name, setting.label, taken[name], taken[NETWORK], note)
-            elif len(group) > 1:
+            if name not in taken and len(group) > 1:
                 queue.append([name])  # perhaps the others took its room
                 continue
+            if name in taken:
+                report(name, setting.label, taken[name], taken[NETWORK], note)
             else:
                 report_none(name, setting.label, note)
             if ours is not None and name != OURS:
