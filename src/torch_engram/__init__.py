@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         save_bank,
     )
     from torch_engram.models import Decoder, DecoderConfig, MoEConfig
-    from torch_engram.optim import RowAdam, RowOptimizer, RowwiseAdam
+    from torch_engram.optim import RowAdagrad, RowAdam, RowOptimizer, RowSinkhorn, RowwiseAdam
 
 __version__ = "0.1.0"
 
@@ -41,8 +41,10 @@ _ROOMS = {
     "Memory": "memory",
     "MemoryBank": "memory",
     "MoEConfig": "models",
+    "RowAdagrad": "optim",
     "RowAdam": "optim",
     "RowOptimizer": "optim",
+    "RowSinkhorn": "optim",
     "RowwiseAdam": "optim",
     "Tokens": "memory",
     "WorkingSet": "memory",
@@ -64,8 +66,10 @@ __all__ = [
     "Memory",
     "MemoryBank",
     "MoEConfig",
+    "RowAdagrad",
     "RowAdam",
     "RowOptimizer",
+    "RowSinkhorn",
     "RowwiseAdam",
     "Tokens",
     "WorkingSet",

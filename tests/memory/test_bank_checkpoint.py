@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from torch_engram.addressing import CanonicalVocab
 from torch_engram.memory import MemoryBank, Tokens, load_bank, open_bank, save_bank, saved_tables
-from torch_engram.optim import RowAdam, RowwiseAdam
+from torch_engram.optim import ROW_OPTIMIZERS, RowAdagrad, RowAdam, RowwiseAdam
 from torch_engram.stores import DeviceStore, make_keys
 
 Make = Callable[..., MemoryBank]
@@ -39,16 +40,46 @@ def trained(make_bank: Make, train: Run) -> MemoryBank:
     return bank
 
 
-def test_save_load_save_is_identity(trained: MemoryBank, every_record: Records, train: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        RowAdam,
+        RowAdagrad,
+        *[partial(ROW_OPTIMIZERS[n], weight_decay=9.0, lazy_decay=True) for n in ("adam", "sinkhorn")],
+    ],
+)
+def test_save_load_save_is_identity(
+    make_bank: Make, optimizer: Any, every_record: Records, train: Run, tmp_path: Path
+) -> None:
+    trained = make_bank(BY_ORDER, optimizer=optimizer, codec="bf16", seed=3)
+    train(trained, [[Tokens(torch.randint(60, (2, 5)))] for _ in range(5)])
     save_bank(trained, tmp_path / "one")
     for placement in ("device", "host"):
-        bank = open_bank(tmp_path / "one", optimizer=RowAdam, placement=placement)
+        bank = open_bank(tmp_path / "one", optimizer=optimizer, placement=placement)
         assert all(torch.equal(a, b) for a, b in zip(every_record(bank), every_record(trained), strict=True))
         save_bank(bank, tmp_path / placement)
         assert files(tmp_path / placement) == files(tmp_path / "one")
         assert not list(tmp_path.rglob("*.tmp"))
     batches = [[Tokens(torch.randint(60, (2, 5)))] for _ in range(5)]
     assert train(bank, batches) == train(trained, batches)  # and training goes on as if nothing had happened
+    assert all(torch.equal(a, b) for a, b in zip(every_record(bank), every_record(trained), strict=True))
+
+
+@pytest.mark.parametrize("owed", [None, [], [[]], [[0]], [["0.0"]], 7, [[0.0], [0.0]]])
+def test_rows_whose_decay_is_not_known_are_refused(
+    make_bank: Make, train: Run, every_record: Records, tmp_path: Path, owed: Any
+) -> None:
+    lazy: Any = partial(RowAdam, weight_decay=1.0, lazy_decay=True)
+    bank = make_bank(BY_ORDER, optimizer=lazy)
+    train(bank, [[Tokens(torch.randint(60, (2, 5)))] for _ in range(3)])
+    save_bank(bank, tmp_path)
+    assert len(json.loads((tmp_path / "memory.json").read_text())["owed_decay"][0]) == 4
+    edit(tmp_path / "memory.json", lambda facts: facts.update(owed_decay=owed))
+    with pytest.raises(
+        ValueError, match=r"running sums of the decay that its rows owe|The saved decay is of . parameter"
+    ):
+        open_bank(tmp_path, optimizer=lazy)
+    open_bank(tmp_path)  # to read it takes none
 
 
 @pytest.mark.parametrize("codec", ["fp16", "fp8", "int8"])
@@ -162,6 +193,7 @@ def test_damage_is_named_in_one_sentence(
     ({}, {"seed": 4}, "another seed of initial rows"),
     ({}, {"codec": "fp32"}, "another codec"),
     ({}, {"optimizer": RowwiseAdam}, "other planes .* load it with its own row optimiser"),
+    ({}, {"optimizer": partial(RowAdam, lazy_decay=True)}, "other planes .* load it with its own row optimiser"),
 ])  # fmt: skip
 def test_another_memorys_rows_are_refused_before_any_row_has_changed(
     trained: MemoryBank,

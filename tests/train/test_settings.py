@@ -126,6 +126,7 @@ def test_widths_follow():
         ("floor=2", "Recipe.floor is 2.0: it is a share of the peak rate, 1 at most."),
         ("seed=-1", "Recipe.seed is -1: it must be 0 to 2**63 - 1."),
         ("data=", "Recipe.data is '': it must not be empty."),
+        ("table.lazy_decay=true", "TableRecipe.lazy_decay is True: set a weight_decay for it to collect."),
         ("device=gpu", "Recipe.device is 'gpu': use 'cpu' or 'cuda'."),
         ("dtype=bf61", "Recipe.dtype is 'bf61': did you mean 'bf16'?"),
         ("schedule=cosinus", "Recipe.schedule is 'cosinus': did you mean 'cosine'?"),

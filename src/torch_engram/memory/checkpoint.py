@@ -1,6 +1,7 @@
 """A bank on disk: its tables, and everything that says what the rows mean.
 
-- ``memory.json``: name, configuration, layouts (multipliers, primes), codec, seed, digests, and each table's manifest;
+- ``memory.json``: name, configuration, layouts (multipliers, primes), codec, seed, digests, each table's manifest, and
+  the running sums that lazy decay is paid by, where rows decay lazily;
 - ``canonical-<digests>.safetensors``: the canonical vocabulary (scheme ``engram``);
 - ``table-00/`` and so on: the parts of each table, named by their content.
 
@@ -60,7 +61,7 @@ def save_bank(bank: MemoryBank, directory: Path, since: Path | None = None) -> N
         before = _files(directory)
         try:
             earlier = _earlier(bank, since or directory, directory, tables)
-            content = {**facts(bank), "tables": list(_write_tables(bank, directory, earlier, tables))}
+            content = {**facts(bank), **_decay(bank), "tables": list(_write_tables(bank, directory, earlier, tables))}
             data = json.dumps(content, indent=1).encode()
             with tables.together():
                 if tables.leads:
@@ -92,6 +93,12 @@ def _write_tables(
             yield tables.update(folder, table, earlier.tables[number]).to_dict()
         else:
             yield tables.save(folder, table).to_dict()
+
+
+def _decay(bank: MemoryBank) -> dict[str, Any]:
+    """What the rows' ``last`` counts in."""
+    optimizer = bank.optimizer
+    return {"owed_decay": optimizer.owed_decay} if optimizer is not None and optimizer.lazy_decay else {}
 
 
 def _write_facts(bank: MemoryBank, directory: Path, content: dict[str, Any], data: bytes) -> None:
@@ -186,6 +193,8 @@ def load_bank(bank: MemoryBank, directory: Path) -> None:
     with tables.together():
         for table, manifest in zip(bank.tables, saved.tables, strict=True):
             tables.check(directory / table_folder(table.space), table, manifest)
+    if bank.optimizer is not None and bank.optimizer.lazy_decay:
+        bank.optimizer.load_owed_decay(saved.owed_decay)
     bank.saved = None
     with tables.together():
         for table, manifest in zip(bank.tables, saved.tables, strict=True):

@@ -138,7 +138,12 @@ def build_banks(recipe: Recipe, model: DecoderConfig, vocab: CanonicalVocab) -> 
         name: MemoryBank(
             engram,
             vocab,
-            optimizer=partial(ROW_OPTIMIZERS[table.optimizer], lr=table.lr, weight_decay=table.weight_decay),
+            optimizer=partial(
+                ROW_OPTIMIZERS[table.optimizer],
+                lr=table.lr,
+                weight_decay=table.weight_decay,
+                lazy_decay=table.lazy_decay,
+            ),
             placement=table.placement,
             cache=table.cache,
             codec=table.codec,

@@ -48,11 +48,14 @@ class TableRecipe:
     """How tables are kept and trained, at their own learning rate and without weight decay unless it is set."""
 
     optimizer: str = "adam"
-    """``adam`` (two moments a number) or ``rowwise_adam`` (one number a row)."""
+    """``adam`` (two moments a number), ``rowwise_adam`` (one number a row), ``adagrad`` (one sum a number) or
+    ``sinkhorn`` (one momentum a number, balanced over the step's rows)."""
     lr: float = 1e-2
     """Peak learning rate."""
     weight_decay: float = 0.0
     """Decoupled, at the steps that touch a row."""
+    lazy_decay: bool = False
+    """Whether a row, when it is touched, also decays for the steps that it missed, each at that step's rate."""
     placement: str = "device"
     """Where rows live: ``device`` or ``host``."""
     cache: str | None = None
@@ -67,6 +70,9 @@ class TableRecipe:
         need(self, self.optimizer in ROW_OPTIMIZERS, "optimizer", nearest(self.optimizer, ROW_OPTIMIZERS))
         for name in ("lr", "weight_decay", "prefetch"):
             need(self, getattr(self, name) >= 0, name, "it must not be negative.")
+        need(self, self.weight_decay > 0 or not self.lazy_decay, "lazy_decay", "set a weight_decay for it to collect.")
+        taken = self.lr * self.weight_decay
+        need(self, taken < 1 or not self.lazy_decay, "lazy_decay", "lr * weight_decay must be below 1 for it.")
         require_known(self.codec, self.placement)
         if self.cache is not None:
             parse_size(self.cache)
