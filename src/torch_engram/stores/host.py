@@ -6,9 +6,7 @@ Writes return at once; one thread carries them out in order and acknowledges the
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -16,11 +14,9 @@ from torch import Tensor
 from torch_engram.stores.host_asks import HostAsk
 from torch_engram.stores.host_memory import own_memory
 from torch_engram.stores.host_reads import HostReads
+from torch_engram.stores.ordered_writes import OrderedWrites
 from torch_engram.stores.records import RecordLayout
 from torch_engram.stores.table import RecordTable, TableStore
-
-_MOST_PENDING = 4
-"""Writes under way; a further one waits for the oldest, so that what is held in memory stays bounded."""
 
 
 class HostStore(TableStore):
@@ -36,17 +32,14 @@ class HostStore(TableStore):
         super().__init__(RecordTable(layout, spaces, torch.device("cpu"), memory))
         if for_gpu:
             self.table.words.zero_()  # all threads make its pages now; a GPU's first touch would make them one by one
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engram-host-writer")
-        self._pending: deque[Future[None]] = deque()
+        self._writes = OrderedWrites(self.table.scatter, "host memory")
         self._reads: dict[torch.device, HostReads] = {}
         self._lock = threading.Lock()
-        self._epoch = 0
-        self._acknowledged = 0
 
     @property
     def acknowledged(self) -> int:
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""
-        return self._acknowledged
+        return self._writes.acknowledged
 
     def fetch(self, keys: Tensor, group: Tensor | None = None) -> Tensor:
         """See :class:`~torch_engram.stores.protocol.Store`. A row that a pending write is changing may come back
@@ -67,37 +60,9 @@ class HostStore(TableStore):
 
     def write(self, keys: Tensor, records: Tensor) -> int:
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""
-        on_host, done = self._stage(keys, records)
-        self._epoch += 1
-        while len(self._pending) >= _MOST_PENDING:
-            self._pending.popleft().result()
-        self._pending.append(self._writer.submit(self._carry_out, self._epoch, *on_host, done))
-        return self._epoch
-
-    def _stage(self, keys: Tensor, records: Tensor) -> tuple[tuple[Tensor, Tensor], torch.cuda.Event | None]:
-        """The write's tensors in host memory, and the event after which they are there."""
-        if keys.device.type == "cpu":
-            return (keys, records), None
-        staged = tuple(
-            torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-            for tensor in (keys, records)
-        )
-        return (staged[0], staged[1]), torch.cuda.current_stream(keys.device).record_event()
-
-    def _carry_out(self, epoch: int, keys: Tensor, records: Tensor, ready: torch.cuda.Event | None) -> None:
-        if epoch != self._acknowledged + 1:
-            raise RuntimeError(f"write {epoch} is left out, because write {self._acknowledged + 1} failed")
-        if ready is not None:
-            ready.synchronize()
-        self.table.scatter(keys, records)
-        self._acknowledged = epoch
+        return self._writes.write(keys, records)
 
     def flush(self) -> None:
         """See :class:`~torch_engram.stores.protocol.WritableStore`. Raises what a failed write raised, and from then on
         ``RuntimeError``: the rows are no longer those that were written."""
-        while self._pending:
-            self._pending.popleft().result()
-        if self._acknowledged != self._epoch:
-            raise RuntimeError(
-                f"write {self._acknowledged + 1} to host memory failed, and those after it were left out"
-            )
+        self._writes.flush()
