@@ -131,7 +131,7 @@ def test_widths_follow():
         ("schedule=cosinus", "Recipe.schedule is 'cosinus': did you mean 'cosine'?"),
         ("tracker=tensorbord", "Recipe.tracker is 'tensorbord': did you mean 'tensorboard'?"),
         ("table.optimizer=adams", "TableRecipe.optimizer is 'adams': did you mean 'adam'?"),
-        ("table.cache=8GB", "TableRecipe.cache is '8GB': it is for rows on the host: set table.placement=host."),
+        ("table.cache=8GB", "TableRecipe.cache is '8GB': it is for rows elsewhere: set table.placement=host, or disk."),
         ("table.prefetch=-1", "TableRecipe.prefetch is -1: it must not be negative."),
         ("table.lr=-0.1", "TableRecipe.lr is -0.1: it must not be negative."),
         ("rates.matrices=-1", "Rates.matrices is -1.0: it must not be negative."),

@@ -21,12 +21,12 @@ from torch_engram.data import PackedBatches, TokenFiles, load_tokenizer, open_co
 from torch_engram.data.corpora import Corpus
 from torch_engram.durable import replacing
 from torch_engram.fusion import require_fp8
-from torch_engram.memory import MemoryBank
+from torch_engram.memory import MemoryBank, disk_rows
 from torch_engram.models import Decoder, DecoderConfig
 from torch_engram.optim import ROW_OPTIMIZERS
 from torch_engram.train.muon import Muon
 from torch_engram.train.network_pass import CapturedPass, NetworkPass
-from torch_engram.train.recipe import DEVICES, Recipe
+from torch_engram.train.recipe import DEVICES, ON_DISK, Recipe
 
 _MATRICES = ("qkv", "out", "gate_up", "down", "wkv")
 """Weights that map one hidden space to another, alone or as a stack of experts: what Muon is for."""
@@ -132,14 +132,17 @@ def build_decoder(recipe: Recipe, model: DecoderConfig) -> Decoder:
 
 
 def build_banks(recipe: Recipe, model: DecoderConfig, vocab: CanonicalVocab) -> dict[str, MemoryBank]:
-    """One trainable bank a memory of the model, by name."""
-    table = recipe.table
+    """One trainable bank a memory of the model, by name. Those on disk are in ``out/name/rows-<memory>``.
+
+    Raises ``ValueError`` when another process trains there, ``OSError`` when nothing can be written there.
+    """
+    table, folder = recipe.table, Path(recipe.out) / recipe.name
     return {
         name: MemoryBank(
             engram,
             vocab,
             optimizer=partial(ROW_OPTIMIZERS[table.optimizer], lr=table.lr, weight_decay=table.weight_decay),
-            placement=table.placement,
+            placement=disk_rows(folder / f"rows-{name}") if table.placement == ON_DISK else table.placement,
             cache=table.cache,
             codec=table.codec,
             device=recipe.device,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_engram.config import checked_fields, nearest, need
-from torch_engram.memory.placement import require_known
+from torch_engram.memory.placement import PLACEMENTS, require_known
 from torch_engram.models import DecoderConfig
 from torch_engram.optim import ROW_OPTIMIZERS
 from torch_engram.sizes import parse_size
@@ -18,6 +18,8 @@ from torch_engram.train.schedule import SCHEDULES
 
 DEVICES = ("cpu", "cuda")
 DTYPES = ("fp32", "bf16")
+ON_DISK = "disk"
+"""The placement of rows that are trained in a folder of the run."""
 TRACKERS = ("none", "trackio", "tensorboard")
 
 
@@ -54,10 +56,10 @@ class TableRecipe:
     weight_decay: float = 0.0
     """Decoupled, at the steps that touch a row."""
     placement: str = "device"
-    """Where rows live: ``device`` or ``host``."""
+    """Where rows live: ``device``, ``host``, or ``disk``, in files of the run's folder that go at its end."""
     cache: str | None = None
-    """Bytes of the device for rows of the host that were read lately, such as ``8GB``; the trajectory does not depend
-    on it."""
+    """Bytes of the device for rows of the host or the disk that were read lately, such as ``8GB``; the trajectory does
+    not depend on it."""
     codec: str = "fp32"
     """How values are stored: ``fp32`` or ``bf16``."""
     prefetch: int = 0
@@ -67,10 +69,15 @@ class TableRecipe:
         need(self, self.optimizer in ROW_OPTIMIZERS, "optimizer", nearest(self.optimizer, ROW_OPTIMIZERS))
         for name in ("lr", "weight_decay", "prefetch"):
             need(self, getattr(self, name) >= 0, name, "it must not be negative.")
-        require_known(self.codec, self.placement)
+        require_known(self.codec, self.placement, (*PLACEMENTS, ON_DISK))
         if self.cache is not None:
             parse_size(self.cache)
-            need(self, self.placement != "device", "cache", "it is for rows on the host: set table.placement=host.")
+            need(
+                self,
+                self.placement != "device",
+                "cache",
+                "it is for rows elsewhere: set table.placement=host, or disk.",
+            )
         need(self, CODECS[self.codec].trains, "codec", "it rounds small updates away: train in fp32 or bf16.")
 
 
