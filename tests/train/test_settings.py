@@ -132,6 +132,7 @@ def test_widths_follow():
         ("tracker=tensorbord", "Recipe.tracker is 'tensorbord': did you mean 'tensorboard'?"),
         ("table.optimizer=adams", "TableRecipe.optimizer is 'adams': did you mean 'adam'?"),
         ("table.cache=8GB", "TableRecipe.cache is '8GB': it is for rows elsewhere: set table.placement=host, or disk."),
+        ("table.staging=1GB", "TableRecipe.staging is '1GB': it is for rows on disk: set table.placement=disk."),
         ("table.prefetch=-1", "TableRecipe.prefetch is -1: it must not be negative."),
         ("table.lr=-0.1", "TableRecipe.lr is -0.1: it must not be negative."),
         ("rates.matrices=-1", "Rates.matrices is -1.0: it must not be negative."),

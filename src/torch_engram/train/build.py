@@ -22,6 +22,7 @@ from torch_engram.data.corpora import Corpus
 from torch_engram.durable import replacing
 from torch_engram.fusion import require_fp8
 from torch_engram.memory import MemoryBank, disk_rows
+from torch_engram.memory.placement import StoreFactory
 from torch_engram.models import Decoder, DecoderConfig
 from torch_engram.optim import ROW_OPTIMIZERS
 from torch_engram.train.muon import Muon
@@ -136,13 +137,19 @@ def build_banks(recipe: Recipe, model: DecoderConfig, vocab: CanonicalVocab) -> 
 
     Raises ``ValueError`` when another process trains there, ``OSError`` when nothing can be written there.
     """
-    table, folder = recipe.table, Path(recipe.out) / recipe.name
+    table = recipe.table
+
+    def placement(name: str) -> str | StoreFactory:
+        if table.placement != ON_DISK:
+            return table.placement
+        return disk_rows(Path(recipe.out) / recipe.name / f"rows-{name}", table.staging)
+
     return {
         name: MemoryBank(
             engram,
             vocab,
             optimizer=partial(ROW_OPTIMIZERS[table.optimizer], lr=table.lr, weight_decay=table.weight_decay),
-            placement=disk_rows(folder / f"rows-{name}") if table.placement == ON_DISK else table.placement,
+            placement=placement(name),
             cache=table.cache,
             codec=table.codec,
             device=recipe.device,

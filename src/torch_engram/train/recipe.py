@@ -60,6 +60,9 @@ class TableRecipe:
     cache: str | None = None
     """Bytes of the device for rows of the host or the disk that were read lately, such as ``8GB``; the trajectory does
     not depend on it."""
+    staging: str | None = None
+    """Bytes of host memory for blocks of a table on disk that were used lately, such as ``16GB``, by default an eighth
+    of what is free; the trajectory does not depend on it."""
     codec: str = "fp32"
     """How values are stored: ``fp32`` or ``bf16``."""
     prefetch: int = 0
@@ -78,6 +81,9 @@ class TableRecipe:
                 "cache",
                 "it is for rows elsewhere: set table.placement=host, or disk.",
             )
+        if self.staging is not None:
+            parse_size(self.staging)
+            need(self, self.placement == ON_DISK, "staging", "it is for rows on disk: set table.placement=disk.")
         need(self, CODECS[self.codec].trains, "codec", "it rounds small updates away: train in fp32 or bf16.")
 
 
@@ -202,7 +208,7 @@ _FREE_TO_CHANGE = {
     "name", "data", "text_field", "tokenizer", "out", "cache", "steps", "model", "device",
     "compile", "recompute", "capture", "deterministic",
     "log_every", "eval_every", "eval_batches", "save_every", "keep", "tracker",
-    "table.placement", "table.cache", "table.prefetch",
+    "table.placement", "table.cache", "table.staging", "table.prefetch",
     "seq_len", "batch_size", "accumulation", "seed", "validation_share",
 }  # fmt: skip
 """What a resumed run may change, or what is compared otherwise: model, tokenizer and data by what they are."""
