@@ -372,6 +372,32 @@ def test_two_processes_do_not_share_a_folder_and_what_a_killed_one_left_is_repla
     assert not folder.exists()
 
 
+def test_stores_that_come_and_go_in_one_folder_never_share_it(tmp_path: Path) -> None:
+    """Each removes file and folder, when others are about to open them."""
+    program = """
+import sys, torch
+from pathlib import Path
+from torch_engram.stores import DiskTable, Plane, RecordLayout
+done, keys = 0, torch.arange(50)
+while done < 40:
+    try:
+        store = DiskTable(RecordLayout((Plane("value", 2),)), {0: 50}, Path(sys.argv[1]), 0)
+    except ValueError:
+        continue
+    assert not store.fetch(keys).any()
+    store.write(keys, torch.ones(50, 8, dtype=torch.uint8))
+    store.flush()
+    assert (store.fetch(keys) == 1).all()
+    done += 1
+    del store
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "rows")]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        assert process.communicate(timeout=120)[1] == "" and process.returncode == 0
+    assert not (tmp_path / "rows").exists()
+
+
 def test_a_forked_process_is_refused_and_leaves_the_file(make: Make, tmp_path: Path) -> None:
     store = make()
     child = os.fork()

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from torch_engram.stores.block_reads import BLOCK, aligned
+from torch_engram.stores.pages import private_memory
 from torch_engram.stores.row_reads import Int64s
 from torch_engram.stores.working_file import WorkingFile
 
@@ -28,7 +29,7 @@ class BlockCache:
 
     def __init__(self, file: WorkingFile, slots: int):
         self._file = file
-        self.memory = aligned(slots * BLOCK)
+        self.memory = private_memory(slots * BLOCK)  # in huge pages, for rows at random places
         """All slots, one after the other."""
         self._blocks = self.memory.reshape(slots, BLOCK)
         self._where = np.zeros(file.blocks, np.int32)

@@ -75,21 +75,21 @@ class BlockTable(RowIndex):
         self._anywhere = np.ndarray(
             (len(self._flat) - self._words + 1,), self._record, self.cache.memory, strides=(_WORD,)
         )  # a record that begins at any word of the cache
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="engram-disk")
+        self._gatherers, self._scatterers = (
+            ThreadPoolExecutor(_THREADS, thread_name_prefix=f"engram-disk-{what}") for what in ("fetch", "write")
+        )
 
     def gather(self, keys: Tensor, out: Tensor) -> None:
         """Fill ``out`` uint8 ``[U, nbytes]`` with the records of ``keys`` ``[U]``, both on the CPU. Raises
         ``ValueError`` naming a row or a space that is not there, ``OSError`` naming the file that cannot be read."""
         index, records = self.checked_index(keys).numpy(), out.numpy()
-        in_parts(self._pool, len(index), self._piece, lambda part: self._gather(index[part], records[part]))
+        in_parts(self._gatherers, len(index), self._piece, lambda part: self._gather(index[part], records[part]))
 
     def scatter(self, keys: Tensor, records: Tensor) -> None:
         """Replace the records of distinct keys. Raises as :meth:`gather` does, and ``OSError`` when an earlier one
         could not be written to the file."""
         index, given = self.checked_index(keys).numpy(), np.ascontiguousarray(records.numpy())
-        for start in range(0, len(index), self._piece):
-            self.cache.require_sound()
-            self._scatter(index[start : start + self._piece], given[start : start + self._piece])
+        in_parts(self._scatterers, len(index), self._piece, lambda part: self._scatter(index[part], given[part]))
         self._changed.numpy()[index] = 1
 
     def _gather(self, index: Int64s, out: Bytes) -> None:
@@ -103,6 +103,7 @@ class BlockTable(RowIndex):
             self.cache.release(slots)
 
     def _scatter(self, index: Int64s, records: Bytes) -> None:
+        self.cache.require_sound()
         blocks, places = self._blocks_of(index)
         slots = self.cache.hold(blocks, to_write=True)
         try:

@@ -37,7 +37,6 @@ class WorkingFile:
     """
 
     def __init__(self, path: Path, tensors: Tensors):
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.descriptor = path, _hold(path)
         weakref.finalize(self, _let_go, path, self.descriptor, os.getpid())
         header, size = encode_header(tensors), file_size(tensors)
@@ -122,8 +121,12 @@ def _hold(path: Path) -> int:
 
 
 def _try_to_hold(path: Path) -> int:
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    while True:  # whoever has it may remove it, and the folder, at any time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        except FileNotFoundError:
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with suppress(FileNotFoundError):
@@ -132,7 +135,7 @@ def _try_to_hold(path: Path) -> int:
         except BlockingIOError:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # whoever had it has removed it since
+        os.close(descriptor)
 
 
 def _let_go(path: Path, descriptor: int, process: int) -> None:
