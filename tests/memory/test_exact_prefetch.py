@@ -81,7 +81,7 @@ def make_kernel_bank(make_bank: Make, in_place: None, monkeypatch: pytest.Monkey
     return make
 
 
-@pytest.mark.parametrize("where", ["device", "host", "late-7"])
+@pytest.mark.parametrize("where", ["device", "host", "disk", "late-7"])
 @pytest.mark.parametrize("codec, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_embeddings_are_exact_at_any_depth(
     make_bank: Make, every_record: Records, stores: dict[str, Any], where: str, codec: str, dtype: torch.dtype
@@ -136,11 +136,11 @@ def test_a_gpu_is_exact_at_any_depth_while_it_runs_behind(
     assert all(same(run, runs[0]) for run in runs[1:])
 
 
-@pytest.mark.parametrize("placement", ["device", "host"])
-def test_reads_between_steps_see_every_write(make_bank: Make, placement: str) -> None:
+@pytest.mark.parametrize("where", ["device", "host", "disk"])
+def test_reads_between_steps_see_every_write(make_bank: Make, stores: dict[str, Any], where: str) -> None:
     runs = []
     for depth in (0, 2):
-        bank = make_bank(BY_ORDER, optimizer=lambda p: RowAdam(p, lr=0.05), placement=placement)
+        bank = make_bank(BY_ORDER, optimizer=lambda p: RowAdam(p, lr=0.05), placement=stores[where])
         runs.append(trajectory(bank, batches(), depth, reads=True))
     assert same(*runs)
 

@@ -40,14 +40,14 @@ class MemoryBank:
     parameters, returns the row optimiser; a bank without one can only be read. ``tables``: safetensors files whose rows
     are served and never written to: a file, or a folder of shards, by the layers in the names of its tensors; or for
     every layer its :class:`~torch_engram.stores.named_tables.NamedTable` or (path, name of the tensor). ``placement``:
-    where rows live, ``device``, ``host`` or a function that makes a store; those of ``tables`` are loaded there, with
-    ``host-shared`` once for all processes of a machine, or with ``disk`` and ``disk-direct`` read where they are,
-    through the page cache or past it. ``cache``: bytes of ``device`` for rows that were read lately, a number or such
-    as ``"8GB"``; none by default. ``codec``: how values are stored, by default fp32, or as the files have them; bf16,
-    and in a bank that is only read also fp16, fp8 or int8. ``device``, ``dtype``: of the embeddings, so the backbone's.
-    ``layouts``: a checkpoint's. ``group``: the ranks of :mod:`torch.distributed` that the rows are divided over; all of
-    them then make the bank, and read and train in the same order. Raises ``ValueError`` naming what does not fit,
-    ``OSError`` for a file that cannot be read.
+    where rows live, ``device``, ``host``, :func:`disk_rows` of a folder, or another function that makes a store; those
+    of ``tables`` are loaded there, with ``host-shared`` once for all processes of a machine, or with ``disk`` and
+    ``disk-direct`` read where they are, through the page cache or past it. ``cache``: bytes of ``device`` for rows that
+    were read lately, a number or such as ``"8GB"``; none by default. ``codec``: how values are stored, by default fp32,
+    or as the files have them; bf16, and in a bank that is only read also fp16, fp8 or int8. ``device``, ``dtype``: of
+    the embeddings, so the backbone's. ``layouts``: a checkpoint's. ``group``: the ranks of :mod:`torch.distributed`
+    that the rows are divided over; all of them then make the bank, and read and train in the same order. Raises
+    ``ValueError`` naming what does not fit, ``OSError`` for a file that cannot be read or made.
     """
 
     def __init__(
@@ -102,7 +102,10 @@ class MemoryBank:
             self.codec = files.codec
             return files.make_store
         if isinstance(placement, str) and placement in IN_PLACE:
-            raise ValueError(f"placement={placement!r} reads tables in files: give tables=, or use open_bank().")
+            raise ValueError(
+                f"placement={placement!r} reads tables in files: give tables=, or use open_bank(); to "
+                "train rows on disk, give placement=disk_rows(folder)."
+            )
         self.codec = codec or "fp32"
         require_known(self.codec, placement)
         if trains:

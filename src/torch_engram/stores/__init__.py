@@ -5,6 +5,7 @@ from torch_engram.stores.codecs import CODECS, Codec, Component
 from torch_engram.stores.decoded import DecodedRows
 from torch_engram.stores.device import DeviceStore
 from torch_engram.stores.disk import DiskStore
+from torch_engram.stores.disk_table import DiskTable
 from torch_engram.stores.file_rows import FileRows
 from torch_engram.stores.host import HostStore
 from torch_engram.stores.loaded import LoadedStore
@@ -25,6 +26,7 @@ __all__ = [
     "DecodedRows",
     "DeviceStore",
     "DiskStore",
+    "DiskTable",
     "FileRows",
     "Heads",
     "HostStore",

@@ -7,9 +7,7 @@ are written by the GPU itself (:mod:`torch_engram.stores.host_writes`), and the 
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -19,11 +17,9 @@ from torch_engram.stores.host_asks import HostAsk
 from torch_engram.stores.host_memory import own_memory
 from torch_engram.stores.host_reads import HostReads
 from torch_engram.stores.host_writes import HostWrites
+from torch_engram.stores.ordered_writes import OrderedWrites
 from torch_engram.stores.records import RecordLayout
 from torch_engram.stores.table import RecordTable, TableStore
-
-_MOST_PENDING = 4
-"""Writes under way; a further one waits for the oldest, so that what is held in memory stays bounded."""
 
 
 class HostStore(TableStore):
@@ -41,18 +37,15 @@ class HostStore(TableStore):
         for own in (memory, marks):
             if own is not None:  # all threads make its pages now; a GPU's first touch would make them one by one
                 torch.from_numpy(own.bytes).zero_()
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engram-host-writer")
-        self._pending: deque[Future[None]] = deque()
+        self._writes = OrderedWrites(self._begin_write, "host memory")
         self._reads: dict[torch.device, HostReads] = {}
-        self._writes: dict[torch.device, HostWrites] = {}
+        self._by_gpu: dict[torch.device, HostWrites] = {}
         self._lock = threading.Lock()
-        self._epoch = 0
-        self._acknowledged = 0
 
     @property
     def acknowledged(self) -> int:
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""
-        return self._acknowledged
+        return self._writes.acknowledged
 
     def fetch(self, keys: Tensor, group: Tensor | None = None) -> Tensor:
         """See :class:`~torch_engram.stores.protocol.Store`. A row that a pending write is changing may come back
@@ -73,33 +66,16 @@ class HostStore(TableStore):
 
     def write(self, keys: Tensor, records: Tensor) -> int:
         """See :class:`~torch_engram.stores.protocol.WritableStore`. Nobody may change the records from here on."""
-        carry_out = self._carrier(keys, records)
-        self._epoch += 1
-        while len(self._pending) >= _MOST_PENDING:
-            self._pending.popleft().result()
-        self._pending.append(self._writer.submit(self._carry_out, self._epoch, carry_out))
-        return self._epoch
+        return self._writes.write(keys, records)
 
-    def _carrier(self, keys: Tensor, records: Tensor) -> Callable[[], None]:
-        """What carries a write out, on the writer's thread, and returns when it is in the table."""
+    def _begin_write(self, keys: Tensor, records: Tensor) -> Callable[[], None]:
         if keys.device.type == "cpu":
             return partial(self.table.scatter, keys, records)
-        if keys.device not in self._writes:
-            self._writes[keys.device] = HostWrites(self._reads_of(keys.device))
-        return self._writes[keys.device].begin(keys, records)
-
-    def _carry_out(self, epoch: int, carry_out: Callable[[], None]) -> None:
-        if epoch != self._acknowledged + 1:
-            raise RuntimeError(f"write {epoch} is left out, because write {self._acknowledged + 1} failed")
-        carry_out()
-        self._acknowledged = epoch
+        if keys.device not in self._by_gpu:
+            self._by_gpu[keys.device] = HostWrites(self._reads_of(keys.device))
+        return self._by_gpu[keys.device].begin(keys, records)
 
     def flush(self) -> None:
         """See :class:`~torch_engram.stores.protocol.WritableStore`. Raises what a failed write raised, and from then on
         ``RuntimeError``: the rows are no longer those that were written."""
-        while self._pending:
-            self._pending.popleft().result()
-        if self._acknowledged != self._epoch:
-            raise RuntimeError(
-                f"write {self._acknowledged + 1} to host memory failed, and those after it were left out"
-            )
+        self._writes.flush()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torch_engram.kernels import use_kernels
 from torch_engram.stores.host_reads import HostReads
+from torch_engram.stores.ordered_writes import staged
 
 _PROGRAMS = 32
 """Of the GPU, that write."""
@@ -32,11 +33,7 @@ class HostWrites:
         words, marks = self._reads.words, self._reads.marks
         if words is not None and marks is not None and use_kernels(keys):
             return partial(self._write, words, marks, keys, records, self._now())
-        staged = [
-            torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor, non_blocking=True)
-            for tensor in (keys, records)
-        ]
-        return partial(self._write_staged, staged[0], staged[1], self._now())
+        return staged(self._reads.table.scatter, keys, records)
 
     def _now(self) -> torch.cuda.Event | None:
         return None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
@@ -54,8 +51,3 @@ class HostWrites:
                 done = torch.cuda.Event(blocking=True)  # this thread sleeps meanwhile
                 done.record()
                 done.synchronize()  # until then keys and records are held here, so that nothing takes their place
-
-    def _write_staged(self, keys: Tensor, records: Tensor, ready: torch.cuda.Event | None) -> None:
-        if ready is not None:
-            ready.synchronize()
-        self._reads.table.scatter(keys, records)

@@ -27,8 +27,9 @@ def tile(dim: int) -> dict[str, int]:
 
 
 def initial_triton(keys: Tensor, stored: Tensor, counts: Tensor, seed: int, std: float) -> None:
-    """Give rows that were never written their initial value. ``stored`` ``[U, dim]``, fp32 or bf16, and ``counts`` int32
-    ``[U, 1]`` are views of records.
+    """Give rows that were never written their initial value.
+
+    ``stored`` ``[U, dim]``, fp32 or bf16, and ``counts`` int32 ``[U, 1]`` are views of records.
     """
     if not len(keys):
         return

@@ -21,12 +21,13 @@ from torch_engram.data import PackedBatches, TokenFiles, load_tokenizer, open_co
 from torch_engram.data.corpora import Corpus
 from torch_engram.durable import replacing
 from torch_engram.fusion import require_fp8
-from torch_engram.memory import MemoryBank
+from torch_engram.memory import MemoryBank, disk_rows
+from torch_engram.memory.placement import StoreFactory
 from torch_engram.models import Decoder, DecoderConfig
 from torch_engram.optim import ROW_OPTIMIZERS
 from torch_engram.train.muon import Muon
 from torch_engram.train.network_pass import CapturedPass, NetworkPass
-from torch_engram.train.recipe import DEVICES, Recipe
+from torch_engram.train.recipe import DEVICES, ON_DISK, Recipe
 
 _MATRICES = ("qkv", "out", "gate_up", "down", "wkv")
 """Weights that map one hidden space to another, alone or as a stack of experts: what Muon is for."""
@@ -132,8 +133,17 @@ def build_decoder(recipe: Recipe, model: DecoderConfig) -> Decoder:
 
 
 def build_banks(recipe: Recipe, model: DecoderConfig, vocab: CanonicalVocab) -> dict[str, MemoryBank]:
-    """One trainable bank a memory of the model, by name."""
+    """One trainable bank a memory of the model, by name. Those on disk are in ``out/name/rows-<memory>``.
+
+    Raises ``ValueError`` when another process trains there, ``OSError`` when nothing can be written there.
+    """
     table = recipe.table
+
+    def placement(name: str) -> str | StoreFactory:
+        if table.placement != ON_DISK:
+            return table.placement
+        return disk_rows(Path(recipe.out) / recipe.name / f"rows-{name}", table.staging)
+
     return {
         name: MemoryBank(
             engram,
@@ -144,7 +154,7 @@ def build_banks(recipe: Recipe, model: DecoderConfig, vocab: CanonicalVocab) -> 
                 weight_decay=table.weight_decay,
                 lazy_decay=table.lazy_decay,
             ),
-            placement=table.placement,
+            placement=placement(name),
             cache=table.cache,
             codec=table.codec,
             device=recipe.device,
