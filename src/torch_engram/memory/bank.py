@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -74,7 +73,8 @@ class MemoryBank:
         self.exchange = None if group is None else self._divided(group, optimizer is not None)
         make = self._choose_stores(tables, placement, codec, optimizer is not None)
         self._proxies = [nn.Parameter(torch.empty(0, table.dim, device=self.device)) for table in self.tables]
-        self._reduced: weakref.ref[WorkingSet] | None = None
+        self.reduced: WorkingSet | None = None
+        """The working set whose rows the proxies are, from its ``reduce()`` to its ``apply()`` or ``discard()``."""
         self.optimizer = optimizer(self._proxies) if optimizer is not None else None
         self._sources = make_sources(
             self.tables, [self._format(table) for table in self.tables], make,
@@ -256,15 +256,10 @@ class MemoryBank:
 
     # -- writing --------------------------------------------------------------------------------------------------
 
-    @property
-    def reduced(self) -> WorkingSet | None:
-        """The working set whose rows the proxies are, from its ``reduce()`` to its ``apply()`` or ``discard()``."""
-        return None if self._reduced is None else self._reduced()
-
     def _bind(self, step: WorkingSet, rows: Sequence[TouchedRows]) -> None:
         """Let proxies and optimiser state be the rows of one step."""
         assert self.optimizer is not None
-        self._reduced = weakref.ref(step)  # one that nobody holds any more is given up
+        self.reduced = step
         for proxy, touched in zip(self._proxies, rows, strict=True):
             assert touched.planes is not None
             proxy.data = touched.planes["value"]
@@ -295,7 +290,7 @@ class MemoryBank:
         assert self.optimizer is not None
         if self.reduced is not step:
             return
-        self._reduced = None
+        self.reduced = None
         for proxy in self._proxies:
             proxy.grad = None
             proxy.data = proxy.data.new_empty(0, proxy.shape[1])

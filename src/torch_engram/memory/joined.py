@@ -91,6 +91,6 @@ def _optimizer_of(bank: MemoryBank) -> Optimizer:
 def _reduced_by(bank: MemoryBank) -> WorkingSet:
     if bank.reduced is None:
         raise ValueError(
-            f"Memory {bank.name!r} has no gradients to step with: call reduce() on the step's working set before step()."
+            f"Memory {bank.name!r} has no gradients to step with: call reduce() on the working set before step()."
         )
     return bank.reduced
