@@ -92,6 +92,38 @@ def test_its_checkpoints_hold_the_rows(page: Page, every_record: Records) -> Non
     assert_trained_alike(page["own"], resumed.model, resumed.bank, every_record)
 
 
+def test_steps_of_fewer_micro_batches_and_further_epochs(page: Page, tmp_path: Path, every_record: Records) -> None:
+    """Three batches an epoch are a step of two and a step of one."""
+    names, examples = page["trainer"], page["shared"]["examples"][:6]
+    arguments = names["transformers"].TrainingArguments(
+        output_dir=str(tmp_path), num_train_epochs=2, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        lr_scheduler_type="constant", train_sampling_strategy="sequential", save_strategy="no", report_to="none",
+        max_grad_norm=0.0, logging_steps=1, use_cpu=True,
+    )  # fmt: skip
+    model, bank = names["build"]()
+    optimizer = names["JoinedOptimizer"](torch.optim.AdamW(model.parameters()), bank)
+    trainer = names["MemoryTrainer"](
+        bank, model=model, args=arguments, train_dataset=examples, optimizers=(optimizer, None)
+    )
+    trainer.train()
+
+    model, bank = names["build"]()
+    optimizer = torch.optim.AdamW(model.parameters())
+    batches = list(torch.stack([example["input_ids"] for example in examples]).split(2))
+    norms = []
+    for step in [batches[:2], batches[2:]] * 2:
+        rows = bank.prefetch(*step)
+        for micro, tokens in enumerate(step):
+            (model(tokens, tokens, rows[micro])["loss"] / len(step)).backward()
+        rows.reduce()
+        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in (*model.parameters(), *bank.parameters())])))
+        optimizer.step()
+        optimizer.zero_grad()
+        rows.apply()
+    assert_trained_alike({"model": model, "bank": bank}, trainer.model, trainer.bank, every_record)
+    assert [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line] == norms
+
+
 def test_its_evaluation_reads_the_rows(page: Page, every_record: Records) -> None:
     trainer = page["trainer"]["trainer"]
     before = every_record(trainer.bank)
