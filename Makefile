@@ -1,11 +1,12 @@
 # Two commands: `make demo` trains and reports, `make test` checks everything. Both install what they need into .venv.
+# `make test-slow` runs what takes minutes, and leaves its log in dev/checks.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test scoreboard clean
-.NOTPARALLEL:  # both install into one environment
+.PHONY: demo test test-slow scoreboard clean
+.NOTPARALLEL:  # all install into one environment
 
 demo: $(VENV)/.installed
 	$(BIN)/engram demo
@@ -15,6 +16,9 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/pytest -m slow -s > dev/checks/kills.log || { cat dev/checks/kills.log; exit 1; }
 
 scoreboard: $(VENV)/.installed
 	$(BIN)/python benchmarks/scoreboard.py

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch_engram.memory import (
         DecodeMemory,
         FixedMemory,
+        JoinedOptimizer,
         Memory,
         MemoryBank,
         Tokens,
@@ -39,6 +40,7 @@ _ROOMS = {
     "Engram": "fusion",
     "EngramConfig": "config",
     "FixedMemory": "memory",
+    "JoinedOptimizer": "memory",
     "Memory": "memory",
     "MemoryBank": "memory",
     "MoEConfig": "models",
@@ -65,6 +67,7 @@ __all__ = [
     "Engram",
     "EngramConfig",
     "FixedMemory",
+    "JoinedOptimizer",
     "Memory",
     "MemoryBank",
     "MoEConfig",

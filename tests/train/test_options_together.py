@@ -66,6 +66,50 @@ def test_any_of_them_learn_the_same(losses_with, options, kept):
     assert losses_with(options) == pytest.approx(plain, rel=2e-4)
 
 
+def clipped_norms(trainer: Trainer) -> list[tuple[float, float]]:
+    """Train some steps; for each the norm of the weights' gradients that is stepped with, and that of the rows'."""
+    groups = (trainer.optimizers, [bank.optimizer for bank in trainer.banks.values()])
+    squares: list[list[float]] = []
+
+    def note(optimizer, *_):
+        which = 1 if optimizer in groups[1] else 0
+        for group in optimizer.param_groups:
+            squares[-1][which] += sum(
+                float(p.grad.double().square().sum()) for p in group["params"] if p.grad is not None
+            )
+
+    for optimizer in (*groups[0], *groups[1]):
+        optimizer.register_step_pre_hook(note)
+    trainer.decoder.train()
+    for _ in range(STEPS):
+        squares.append([0.0, 0.0])
+        trainer.train_step()
+    return [(weights**0.5, rows**0.5) for weights, rows in squares]
+
+
+@pytest.mark.parametrize("capture", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_all_together_with_clipping_and_mixed_precision(make_trainer, state_of, assert_same, capture):
+    """Compiled, recomputed, accumulated, clipped with the rows in the norm, in bf16, on a GPU captured: tables on the
+    host, prefetched two steps ahead, train what a table on the device does, bit for bit, and that is about what fp32
+    learns with none of the options but the same clipping."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = one_layer(make_trainer(name="base").recipe.model)
+    fixed = dict(model=model, device=device, deterministic=True, clip=0.05)
+    options = dict(dtype="bf16", compile=True, recompute=True, capture=capture, batch_size=2, accumulation=2)
+    host = make_trainer(name="host", **fixed, **options, table={"placement": "host", "prefetch": 2})
+    here = make_trainer(name="here", **fixed, **options)
+    for weights, rows in clipped_norms(host):
+        assert (weights**2 + rows**2) ** 0.5 == pytest.approx(0.05, rel=1e-3)  # together, so it was clipped together
+        assert rows > 0.05 * weights > 0
+    here.decoder.train()
+    losses = [float(here.train_step()[0]) for _ in range(STEPS)]
+    assert_same(state_of(host), state_of(here))
+    plain = make_trainer(name="plain", **fixed, batch_size=4, accumulation=1)
+    plain.decoder.train()
+    assert losses == pytest.approx([float(plain.train_step()[0]) for _ in range(STEPS)], rel=1e-2)
+    assert losses[-1] < losses[0] - 0.1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "changes", [{}, {"table": {"prefetch": 2, "placement": "host"}}, {"accumulation": 1}, {"accumulation": 3}]

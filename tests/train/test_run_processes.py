@@ -1,4 +1,4 @@
-"""Real processes under real signals: ``kill -9`` at random moments, and Ctrl-C."""
+"""Real processes under real signals, and several in one folder."""
 
 from __future__ import annotations
 
@@ -20,77 +20,9 @@ from torch_engram.train.metrics import read_metrics
 
 ENGRAM = Path(sys.executable).with_name("engram")
 
-# Forks children that train, so that torch is imported once; kills each at a random moment and looks at what is there.
-KILLER = """
-import json, os, random, signal, sys, time
-import torch
-import torch._dynamo
-torch.set_num_threads(1)
-from pathlib import Path
-from torch_engram.train import Recipe, Trainer, open_checkpoint
-from torch_engram.train.build import build_text
-from torch_engram.train.checkpoint import checkpoints
-
-recipe = Recipe.from_dict(json.loads(sys.argv[1]))
-text = build_text(recipe)
-folder = Path(recipe.out) / recipe.name
-draw = random.Random(3)
-steps, killed = [], 0
-while killed < 10:
-    hears, tells = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            Trainer(recipe, resume_run=bool(checkpoints(folder)), text=text).run(lambda progress: os.write(tells, b"."))
-        finally:
-            os._exit(0)
-    if draw.random() < 0.8:  # else it may still be at its start
-        os.read(hears, 1)
-    time.sleep(draw.uniform(0, 0.4))
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    killed += os.WIFSIGNALED(status)
-    visible = sorted(folder.glob("step-*"))
-    assert visible == checkpoints(folder), visible
-    for path in visible:  # whole, each of them, and so the newest that a run would resume from
-        open_checkpoint(path)
-    if visible:
-        steps.append(int(visible[-1].name.removeprefix("step-")))
-    if not os.WIFSIGNALED(status):
-        break
-print(json.dumps({"killed": killed, "steps": steps}))
-"""
-
 
 def child_environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "200"}
-
-
-@pytest.mark.parametrize("placement", ["device", "disk"])
-def test_kill_9_at_random_moments(make_recipe, make_trainer, state_of, assert_same, lines_of, placement):
-    """The newest complete checkpoint always opens and resumes, no half-written one is ever visible, and the run that
-    was killed over and over ends where an undisturbed one does."""
-    table = {"placement": placement, "prefetch": 1}
-    settings = dict(steps=80, save_every=1, keep=2, eval_every=30, accumulation=1, table=table)
-    recipe = make_recipe(**settings)
-    found = subprocess.run(
-        [sys.executable, "-c", KILLER, json.dumps(recipe.to_dict())],
-        capture_output=True, text=True, env=child_environment(), timeout=120,
-    )  # fmt: skip
-    assert found.returncode == 0, found.stderr
-    seen = json.loads(found.stdout)
-    assert seen["killed"] >= 3 and len(set(seen["steps"])) >= 3, seen
-    assert seen["steps"] == sorted(seen["steps"])  # never a step back
-    resumed = make_trainer(resume_run=True, **settings)
-    assert resumed.step == seen["steps"][-1]
-    resumed.run()
-    kept, rows = ["metrics.jsonl", "step-00000079", "step-00000080"], resumed.folder / "rows-engram"
-    assert sorted(os.listdir(resumed.folder)) == sorted([*kept, *([rows.name] if placement == "disk" else [])])
-    assert not rows.exists() or os.listdir(rows) == ["rows-00.safetensors"]
-    whole = make_trainer(name="whole", **{**settings, "save_every": 0})
-    whole.run()
-    assert_same(state_of(resumed), state_of(whole))
-    assert lines_of(resumed) == lines_of(whole)
 
 
 Start = Callable[[list[str]], subprocess.Popen[str]]

@@ -75,6 +75,8 @@ class MemoryBank:
         self.exchange = None if group is None else self._divided(group, optimizer is not None)
         make = self._choose_stores(tables, placement, codec, optimizer is not None)
         self._proxies = [nn.Parameter(torch.empty(0, table.dim, device=self.device)) for table in self.tables]
+        self.reduced: WorkingSet | None = None
+        """The working set whose rows the proxies are, from its ``reduce()`` to its ``apply()`` or ``discard()``."""
         self.optimizer = optimizer(self._proxies) if optimizer is not None else None
         self._sources = make_sources(
             self.tables, [self._format(table) for table in self.tables], make,
@@ -269,21 +271,22 @@ class MemoryBank:
 
     # -- writing --------------------------------------------------------------------------------------------------
 
-    def _bind(self, rows: Sequence[TouchedRows]) -> None:
+    def _bind(self, step: WorkingSet, rows: Sequence[TouchedRows]) -> None:
         """Let proxies and optimiser state be the rows of one step."""
         assert self.optimizer is not None
+        self.reduced = step
         for proxy, touched in zip(self._proxies, rows, strict=True):
             assert touched.planes is not None
             proxy.data = touched.planes["value"]
             proxy.grad = touched.total_grad()
             self.optimizer.state[proxy] = touched.planes
 
-    def _step(self, rows: Sequence[TouchedRows]) -> None:
+    def _step(self, step: WorkingSet, rows: Sequence[TouchedRows]) -> None:
         assert self.optimizer is not None
-        if not self._holds(rows):
+        if self.reduced is not step:
             raise ValueError("Another step was reduced after this one: apply or discard each before the next reduce().")
         if any(touched.epoch != touched.source.newest for touched in rows):
-            self._unbind(rows)
+            self._unbind(step)
             raise ValueError(
                 "Another step was applied after this one read its rows: apply each step before the next one is read."
             )
@@ -291,23 +294,18 @@ class MemoryBank:
             self.optimizer.step()
             for touched in rows:
                 touched.write()
-        self._unbind(rows)
-
-    def _holds(self, rows: Sequence[TouchedRows]) -> bool:
-        """Whether the proxies are these rows."""
-        assert self.optimizer is not None
-        bound = (self.optimizer.state.get(proxy) for proxy in self._proxies)
-        return all(planes is touched.planes for planes, touched in zip(bound, rows, strict=True))
+        self._unbind(step)
 
     def _norm(self, own: Tensor) -> Tensor:
         """Of the row gradients of all ranks, from that of this one's."""
         return own if self.exchange is None else self.exchange.norm(own)
 
-    def _unbind(self, rows: Sequence[TouchedRows]) -> None:
+    def _unbind(self, step: WorkingSet) -> None:
         """Empty the proxies, unless they are another step's rows by now."""
         assert self.optimizer is not None
-        if not self._holds(rows):
+        if self.reduced is not step:
             return
+        self.reduced = None
         for proxy in self._proxies:
             proxy.grad = None
             proxy.data = proxy.data.new_empty(0, proxy.shape[1])

@@ -169,7 +169,7 @@ class WorkingSet:
             prepared.join()
             for touched in prepared.rows:
                 touched.reduce()
-        self._bank._bind(self._all_rows())
+        self._bank._bind(self, self._all_rows())
         self._state = "reduced"
 
     def norm(self) -> Tensor:
@@ -189,13 +189,13 @@ class WorkingSet:
         if scale != 1.0:
             for touched in rows:
                 touched.total_grad().mul_(scale)
-        self._bank._step(rows)
+        self._bank._step(self, rows)
         self._close()
 
     def discard(self) -> None:
         """Drop the step: no row changes."""
         if self._state == "reduced":
-            self._bank._unbind(self._all_rows())
+            self._bank._unbind(self)
         self._close()
 
     def _expect(self, state: str, mend: str) -> None:
