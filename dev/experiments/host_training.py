@@ -65,8 +65,8 @@ def read_rows(how: tuple[int, int, int], words, keys, count, bases, rows, head, 
     )  # fmt: skip
 
 
-def write_rows(how: tuple[int, int, int], table, bases, keys, records, changed, programs=None) -> None:
-    if programs is None:  # a table in HBM
+def write_rows(how: tuple[int, int, int], table, bases, keys, records, changed, to_host=False) -> None:
+    if not to_host:  # a table in HBM
         return AS_IT_IS(table, bases, keys, records, changed)
     programs, words, warps = how
     table_kernels._scatter[(programs,)](

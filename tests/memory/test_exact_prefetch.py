@@ -247,3 +247,42 @@ def test_a_fixed_memory_is_loaded_with_what_is_exact(make_bank: Make, depth: int
         for each in (step, expected):
             each.reduce()
             each.apply()
+
+
+def test_a_fetch_ahead_sees_writes_that_are_under_way_and_one_that_is_wanted_now_does_not_wait(
+    make_bank: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = make_bank(optimizer=RowAdam, placement="host")
+    may_write, laid_over = threading.Event(), list[int]()
+    table = bank.source(bank.tables[0]).store.table  # type: ignore[attr-defined]
+    scatter, lay_over = table.scatter, Source.lay_over
+
+    def scatter_late(*arguments: Tensor) -> None:
+        may_write.wait()
+        scatter(*arguments)
+
+    def spy(self: Source, rows: Any, epoch: int, space: int) -> Tensor:
+        laid_over.append(epoch)
+        return lay_over(self, rows, epoch, space)
+
+    monkeypatch.setattr(table, "scatter", scatter_late)
+    monkeypatch.setattr(Source, "lay_over", spy)
+
+    def train(step: WorkingSet) -> None:
+        for layer in (1, 3):
+            step[0].wait(layer)["engram"].sum().backward()
+        step.reduce()
+        step.apply()
+
+    train(bank.prefetch(torch.tensor([[3, 4, 5]])))
+    newest = bank.source(bank.tables[0]).newest
+    now = bank.prefetch(torch.tensor([[3, 4, 5]]))  # the writes are under way, and nobody may wait for them
+    assert now._fetches[3].result(timeout=60)
+    later = bank.prefetch(torch.tensor([[3, 4, 5]]))
+    may_write.set()
+    assert later._fetches[3].result(timeout=60)
+    train(now)
+    assert set(laid_over) == {0}
+    laid_over.clear()
+    train(later)
+    assert laid_over and min(laid_over) >= newest

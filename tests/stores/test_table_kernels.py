@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_engram.stores import Plane, RecordLayout, make_keys
+from torch_engram.stores import Plane, RecordLayout, make_keys, table_kernels
 from torch_engram.stores.table import RecordTable
 from torch_engram.stores.table_kernels import gather_triton, scatter_triton
 
@@ -16,7 +17,7 @@ KERNELS = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @settings(max_examples=30)
 @given(
     st.integers(1, 70), st.lists(st.integers(1, 200), min_size=1, max_size=3), st.integers(0, 300),
-    st.sampled_from([None, 1, 2, 5]), st.integers(0, 99),
+    st.sampled_from([None, 1, 2]), st.integers(0, 99),
 )  # fmt: skip
 def test_kernels_move_the_same_bytes(
     width: int, sizes: list[int], wanted: int, programs: int | None, seed: int
@@ -33,5 +34,9 @@ def test_kernels_move_the_same_bytes(
     assert torch.equal(found.cpu().view(torch.uint8), twin.gather(keys))
     new = torch.empty(len(keys), layout.nbytes, dtype=torch.uint8).random_(generator=generator)
     twin.scatter(keys, new)
-    scatter_triton(table, bases, keys.to(KERNELS), new.view(torch.int64).to(KERNELS), changed, programs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table_kernels, "_HOST_PROGRAMS", programs)
+        patch.setattr(table_kernels, "_HOST_WORDS", 256)
+        to_host = programs is not None
+        scatter_triton(table, bases, keys.to(KERNELS), new.view(torch.int64).to(KERNELS), changed, to_host=to_host)
     assert torch.equal(table.cpu(), twin.words) and torch.equal(changed.cpu(), twin._changed)

@@ -247,10 +247,12 @@ class MemoryBank:
         return WorkingSet(self, rows, self._prefetcher.bring(fetch, rows), len(live), trains)
 
     def _rows_of(self, layers: Sequence[int]) -> dict[int, list[TouchedRows]]:
+        waits_for = {source: source.newest if source.in_use else 0 for source in self._sources}
         rows: dict[int, list[TouchedRows]] = {layer: [] for layer in layers}
         for table, source in zip(self.tables, self._sources, strict=True):
             if table.layer in rows:
                 rows[table.layer].append(self._reads(table, source))
+                rows[table.layer][-1].waits_for = waits_for[source]
         return rows
 
     def cache_counts(self) -> dict[tuple[int, int], dict[str, int]]:

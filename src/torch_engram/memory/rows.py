@@ -6,6 +6,7 @@ Fetch and expansion run ahead of the step. In the step itself only rows that wer
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -24,9 +25,11 @@ class TouchedRows:
         self.table, self.source = table, source
         self.epoch = source.begin_read()
         """The fetch sees this write at least; after :meth:`catch_up`, the planes are as of exactly this one."""
+        self.waits_for = 0
+        """The write that the fetch waits to see, where others are trained first: one less to be laid over then."""
         self.planes: DecodedRows | None = None
         self.grad: Tensor | None = None
-        self._released = False
+        self._released, self._reading = False, Lock()
 
     @property
     def width(self) -> int:
@@ -51,6 +54,7 @@ class TouchedRows:
 
         ``live[i]``: bool ``[B, T]``; positions that are not live touch no row.
         """
+        self._see_writes()
         self.kept = [None if mask is None else mask.reshape(-1).nonzero().squeeze(1) for mask in live]
         self.shapes = [rows.shape[:2] for _, rows in lookups]
         reads = self._reads([rows[..., self.table.columns] for _, rows in lookups])
@@ -64,6 +68,11 @@ class TouchedRows:
         if self.source.store.grouped:
             group = torch.cat(self._reads([mix[..., list(self.table.orders)] for mix, _ in lookups]))[first_read]
         self._bring(ids, group)
+
+    def _see_writes(self) -> None:
+        with self._reading:
+            if not self._released and self.waits_for > self.epoch:
+                self.epoch = self.source.begin_read_later(self.epoch, self.waits_for)
 
     def _bring(self, ids: Tensor, group: Tensor | None) -> None:
         self.keys = make_keys(self.table.space, ids)
@@ -129,9 +138,10 @@ class TouchedRows:
 
     def release(self) -> None:
         """Fetched rows are up to date or given up: no later write needs to be kept for them."""
-        if not self._released:
-            self._released = True
-            self.source.end_read(self.epoch)
+        with self._reading:
+            if not self._released:
+                self._released = True
+                self.source.end_read(self.epoch)
 
     def used_on(self, stream: torch.cuda.Stream) -> None:
         """Keep the memory of all that is here from being used again before ``stream`` is done with it."""

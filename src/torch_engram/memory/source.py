@@ -52,6 +52,14 @@ class Source:
             self._readers[epoch] = self._readers.get(epoch, 0) + 1
         return epoch
 
+    def begin_read_later(self, epoch: int, written: int) -> int:
+        """In place of a read that began at ``epoch``: one that sees the writes up to ``written``, if they come."""
+        if isinstance(self.store, WritableStore):
+            self.store.wait(written)
+        later = self.begin_read()
+        self.end_read(epoch)
+        return later
+
     def end_read(self, epoch: int) -> None:
         """That fetch has been brought up to date, or given up."""
         with self._counting:

@@ -19,6 +19,9 @@ _KEYS = 1024
 """Keys that one program sends."""
 _PROGRAMS, _ROWS = 256, 4
 """Programs that read rows, and rows that each reads together: the bus has all it can take under way with fewer."""
+_MANY, _MANY_PROGRAMS, _MANY_ROWS = 1 << 18, 32, 16
+"""From so many keys on, as training asks for, nobody waits for the rows, but a network computes beside them: then fewer
+programs read them, of which each reads more, and the other processors stay with the network."""
 _SHARES = tl.constexpr(SHARES)
 _MASK, _SHIFT = tl.constexpr(ROW_MASK), tl.constexpr(SPACE_SHIFT)
 _UNCLAIMED = tl.constexpr(~CLAIMED)
@@ -37,10 +40,11 @@ def read_triton(
 ) -> None:  # fmt: skip
     """See :func:`torch_engram.stores.host_asks.read_naive`; ``words`` and ``head`` are in host memory."""
     width = words.shape[1]
-    programs = max(1, min(_PROGRAMS, triton.cdiv(len(keys), _ROWS)))
+    most, many = (_PROGRAMS, _ROWS) if len(keys) < _MANY else (_MANY_PROGRAMS, _MANY_ROWS)
+    programs = max(1, min(most, triton.cdiv(len(keys), many)))
     _read[(programs,)](
         words, keys, count, bases, rows, head, out.view(torch.int64), first, share, programs,
-        SPACES=len(rows), WIDTH=width, TILE=triton.next_power_of_2(width), ROWS=_ROWS,
+        SPACES=len(rows), WIDTH=width, TILE=triton.next_power_of_2(width), ROWS=many,
     )  # fmt: skip
 
 

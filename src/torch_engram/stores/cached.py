@@ -44,6 +44,10 @@ class WritableFront(Front):
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""
         return self.store.counts_from
 
+    def wait(self, epoch: int) -> None:
+        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
+        self.store.wait(epoch)
+
     def flush(self) -> None:
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""
         self.store.flush()

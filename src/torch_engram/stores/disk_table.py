@@ -72,6 +72,10 @@ class DiskTable(IndexedStore):
         self._table.cache.require_sound()
         return self._writes.write(keys, records)
 
+    def wait(self, epoch: int) -> None:
+        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
+        self._writes.wait(epoch)
+
     def flush(self) -> None:
         """See :class:`~torch_engram.stores.protocol.WritableStore`. All changed blocks are in the file then, for a full
         disk to be found out before a checkpoint; raises as :meth:`write` does, every time."""

@@ -75,6 +75,10 @@ class HostStore(TableStore):
             self._by_gpu[keys.device] = HostWrites(self._reads_of(keys.device))
         return self._by_gpu[keys.device].begin(keys, records)
 
+    def wait(self, epoch: int) -> None:
+        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
+        self._writes.wait(epoch)
+
     def flush(self) -> None:
         """See :class:`~torch_engram.stores.protocol.WritableStore`. Raises what a failed write raised, and from then on
         ``RuntimeError``: the rows are no longer those that were written."""

@@ -16,9 +16,6 @@ from torch_engram.kernels import use_kernels
 from torch_engram.stores.host_reads import HostReads
 from torch_engram.stores.ordered_writes import staged
 
-_PROGRAMS = 32
-"""Of the GPU, that write."""
-
 
 class HostWrites:
     """What one GPU writes, each write whole before the next begins. ``reads``: the same GPU's, whose table it is."""
@@ -46,7 +43,7 @@ class HostWrites:
         with torch.cuda.stream(self._stream):
             if ready is not None:
                 ready.wait()
-            scatter_triton(words, self._reads.bases, keys, records.view(torch.int64), marks, _PROGRAMS)
+            scatter_triton(words, self._reads.bases, keys, records.view(torch.int64), marks, to_host=True)
             if self._stream is not None:
                 done = torch.cuda.Event(blocking=True)  # this thread sleeps meanwhile
                 done.record()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ class OrderedWrites:
         self._pending: deque[Future[None]] = deque()
         self._epoch = 0
         self._failed = False
+        self._ended = threading.Condition()
         self.acknowledged = 0
         """Every write up to this epoch is carried out."""
 
@@ -49,15 +51,24 @@ class OrderedWrites:
                 f"write {self.acknowledged + 1} to {self._where} failed, and those after it were left out"
             )
 
+    def wait(self, epoch: int) -> None:
+        """Return when that write is acknowledged, or one has failed. On any thread."""
+        with self._ended:
+            self._ended.wait_for(lambda: self._failed or self.acknowledged >= epoch)
+
     def _carry_out(self, epoch: int, carry_out: Callable[[], None]) -> None:
         if epoch != self.acknowledged + 1:
             raise RuntimeError(f"write {epoch} is left out, because write {self.acknowledged + 1} failed")
         try:
             carry_out()
         except BaseException:
-            self._failed = True
+            with self._ended:
+                self._failed = True
+                self._ended.notify_all()
             raise
-        self.acknowledged = epoch
+        with self._ended:
+            self.acknowledged = epoch
+            self._ended.notify_all()
 
 
 def staged(scatter: Callable[[Tensor, Tensor], None], keys: Tensor, records: Tensor) -> Callable[[], None]:

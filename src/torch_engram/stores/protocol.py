@@ -53,6 +53,9 @@ class WritableStore(Store, Protocol):
     def flush(self) -> None:
         """Return when every write is acknowledged."""
 
+    def wait(self, epoch: int) -> None:
+        """Return when that write is acknowledged or has failed, or at once where that may take long. On any thread."""
+
     def changed(self, space: int) -> Tensor:
         """Rows of a space, int64 ascending on the CPU, that were written since :meth:`forget_changes`: what a save has
         to add to an earlier one. Call :meth:`flush` before."""

@@ -82,6 +82,9 @@ class IndexedStore:
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""
         return self._rows.counts_from
 
+    def wait(self, epoch: int) -> None:
+        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
+
     def changed(self, space: int) -> Tensor:
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""
         return self._rows.changed(space)

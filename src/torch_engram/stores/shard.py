@@ -73,6 +73,10 @@ class ShardedStore:
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""
         return self.store.write(self._own(keys), records)
 
+    def wait(self, epoch: int) -> None:
+        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
+        self.store.wait(epoch)
+
     def flush(self) -> None:
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""
         self.store.flush()

@@ -15,6 +15,8 @@ from torch_engram.stores.records import ROW_MASK, SPACE_SHIFT
 
 _WORDS = 1024
 """Words that one program moves: 8 a thread."""
+_HOST_PROGRAMS, _HOST_WORDS, _HOST_WARPS = 8, 4096, 16
+"""To host memory few programs write, which keep the bus full and leave the other processors to the network."""
 _MASK, _SHIFT = tl.constexpr(ROW_MASK), tl.constexpr(SPACE_SHIFT)
 
 
@@ -32,19 +34,20 @@ def gather_triton(table: Tensor, bases: Tensor, keys: Tensor) -> Tensor:
 
 
 def scatter_triton(
-    table: Tensor, bases: Tensor, keys: Tensor, records: Tensor, changed: Tensor, programs: int | None = None
+    table: Tensor, bases: Tensor, keys: Tensor, records: Tensor, changed: Tensor, *, to_host: bool = False
 ) -> None:
     """Replace the words of distinct keys by ``records`` int64 ``[U, w]``, and mark their rows in ``changed`` uint8.
 
-    ``table`` and ``changed`` may also be host memory that the GPU reaches; ``programs``, by default as many as there is
-    work for, are then few.
+    ``to_host``: whether ``table`` and ``changed`` are host memory that the GPU reaches.
     """
     if len(keys):
-        most = triton.cdiv(records.numel(), _WORDS)
-        programs = most if programs is None else min(programs, most)
+        together, warps = (_HOST_WORDS, _HOST_WARPS) if to_host else (_WORDS, 4)
+        programs = triton.cdiv(records.numel(), together)
+        programs = min(programs, _HOST_PROGRAMS) if to_host else programs
         _scatter[(programs,)](
-            table, bases, keys, records, changed, records.numel(), programs, WIDTH=table.shape[1], WORDS=_WORDS
-        )
+            table, bases, keys, records, changed, records.numel(), programs, WIDTH=table.shape[1], WORDS=together,
+            num_warps=warps,
+        )  # fmt: skip
 
 
 @triton.jit
