@@ -32,6 +32,9 @@ class Ranks:
     rows: Rows | None = None
     """How matrices are divided; None where they are whole."""
 
+    def __repr__(self) -> str:
+        return f"Ranks({self.rank} of {self.size})"
+
     # -- what a run does once -----------------------------------------------------------------------------------------
 
     @property
