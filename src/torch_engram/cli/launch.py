@@ -33,6 +33,7 @@ from torch_engram.train.guards import interruptible
 from torch_engram.train.ranks import joined, require_gpus
 
 _LAUNCHED = "ENGRAM_LAUNCHED"  # in the environment of ranks that launch() started, which tell their reason to it alone
+_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 _INTERRUPTED = 130
 _MISTAKE = "ValueError: "
 _GOES_ON = "the newest checkpoint is whole: go on with --resume"
@@ -80,11 +81,12 @@ def _interrupt(pids: Iterable[int]) -> None:
 def _own_signals() -> Iterator[None]:
     """What start_processes sets signals to, it sets for good; Ctrl-C it shall leave alone."""
     handled = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(each.name for each in handled)
+    os.environ[_SIGNALS] = ",".join(each.name for each in handled)
     before = {each: signal.getsignal(each) for each in handled}
     try:
         yield
     finally:
+        del os.environ[_SIGNALS]
         for each, handler in before.items():
             signal.signal(each, handler)
 

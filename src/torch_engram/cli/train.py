@@ -22,7 +22,7 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
     nproc: Annotated[
-        int, typer.Option("--nproc", min=1, help="Ranks of this machine to train on together, each with a GPU.")
+        int, typer.Option("--nproc", min=1, help="Ranks of this machine that train together, on a GPU each.")
     ] = 1,
 ) -> None:
     """Pretrain a decoder with its memory on a text file, a folder or a dataset.
@@ -36,6 +36,10 @@ def train(
     chosen = change(get_recipe(recipe), settings or [])
     arguments = ["train", recipe, *(part for setting in settings or [] for part in ("--set", setting))]
     ranks = launched_ranks()
+    if ranks > 1 and nproc > 1:
+        raise ValueError(
+            f"This is one of {ranks} ranks already: leave out --nproc, or start the command without torchrun."
+        )
     require_machine(chosen, max(ranks, nproc))
     if ranks == 1 and nproc > 1:
         from torch_engram.cli.launch import launch

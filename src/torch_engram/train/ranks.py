@@ -58,9 +58,6 @@ class Ranks:
         """Whether it is so on any rank."""
         return flag
 
-    def meet(self) -> None:
-        """Return when all ranks have come here."""
-
     def device(self, kind: str) -> str:
         """The device of a kind, ``cpu`` or ``cuda``, that is this rank's: a thread's own may be another."""
         return kind
@@ -142,10 +139,6 @@ class ProcessRanks(Ranks):
         """See :class:`Ranks`."""
         return bool(self.sum(torch.tensor(int(flag))))
 
-    def meet(self) -> None:
-        """See :class:`Ranks`."""
-        self.any(False)
-
     def device(self, kind: str) -> str:
         """See :class:`Ranks`."""
         return f"cuda:{torch.cuda.current_device()}" if kind == "cuda" else kind
@@ -222,7 +215,7 @@ def joined(device: str) -> Iterator[dist.ProcessGroup | None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     yield dist.group.WORLD
-    dist.barrier()  # whoever ends first is taken for one that failed
+    dist.all_reduce(torch.zeros(()))  # none leaves before the last one is here, or it might be taken for one that died
     dist.destroy_process_group()
 
 
