@@ -5,22 +5,20 @@ plus, at the copy rate of the card, the bytes of everything else: streams, their
 the keys and values that are saved for the backward, each counted once (the embeddings, their gradient and W are inputs
 and outputs of the products, and in cuBLAS's time). The naive form is this library's own, all of it under
 ``torch.compile``. The third form is ContextAwareGating and ShortConv of engram-peft 1.2.7 and the residual addition,
-as written and under ``torch.compile``; only its file layer.py is loaded, because the package does not import on Python
-3.11, and its runtime checks of shapes are left out.
+as written and under ``torch.compile``; only its file layer.py is loaded (`peft_files.py`).
 
     python benchmarks/fusion_gpu.py [FOLDER OF THE UNPACKED engram-peft WHEEL]
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import types
-import typing
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from peft_files import load
 from record import record
 from torch import Tensor, nn
 
@@ -48,24 +46,7 @@ def naive(module: Engram) -> Callable[[Tensor, Tensor], Tensor]:
 
 def peft(folder: Path) -> tuple[nn.ModuleList, Callable[[Tensor, Tensor], Tensor]]:
     """The other library's module for the same sizes."""
-    names = {
-        "compression": {"CompressedTokenizer": object},
-        "config": {"EngramConfig": object},
-        "hashing": {"HashMapping": object, "create_hash_mapping": None},
-        "types": {"jaxtyped": lambda function: function},
-        "utils": {"safe_from_numpy": None},
-    }
-    sys.modules["engram_peft"] = package = types.ModuleType("engram_peft")
-    package.__path__ = []  # the compiler imports layer.py by its name
-    for name, contents in names.items():
-        sys.modules[f"engram_peft.{name}"] = module = types.ModuleType(name)
-        vars(module).update(contents)
-    if not hasattr(typing, "override"):
-        typing.override = lambda method: method  # type: ignore[attr-defined, misc, assignment]
-    spec = importlib.util.spec_from_file_location("engram_peft.layer", folder / "engram_peft" / "layer.py")
-    assert spec is not None and spec.loader is not None
-    sys.modules[spec.name] = layer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(layer)
+    layer = load(folder, "layer.py")
     config = types.SimpleNamespace(enable_telemetry=False)
     gating = layer.ContextAwareGating(config, CONFIG.embedding_dim, HIDDEN, BRANCHES, zero_init=False)
     conv = layer.ShortConv(HIDDEN, CONFIG.conv_kernel, CONFIG.conv_dilation, hc_mult=BRANCHES, zero_init=False)

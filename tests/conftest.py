@@ -21,7 +21,7 @@ from torch import Tensor
 from torch_engram.addressing import CanonicalVocab
 from torch_engram.config import EngramConfig
 from torch_engram.memory import MemoryBank, Tokens, WorkingSet
-from torch_engram.stores import RecordLayout, decoded, make_keys
+from torch_engram.stores import DiskTable, RecordLayout, decoded, make_keys
 from torch_engram.stores.table import RecordTable, TableStore
 
 if not torch.cuda.is_available():
@@ -154,10 +154,14 @@ class ReadOnlyStore:
 
 
 @pytest.fixture(scope="session")
-def stores() -> dict[str, Any]:
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Placements by name: the library's own, and stores that make life hard."""
+
+    def disk(layout: RecordLayout, spaces: Mapping[int, int], device: torch.device) -> DiskTable:
+        return DiskTable(layout, spaces, tmp_path_factory.mktemp("rows"), staging=0)
+
     late = {f"late-{lag}": lambda layout, spaces, device, lag=lag: LateStore(layout, spaces, lag) for lag in (1, 7)}
-    return {"device": "device", "host": "host", "read-only": ReadOnlyStore, **late}
+    return {"device": "device", "host": "host", "disk": disk, "read-only": ReadOnlyStore, **late}
 
 
 @pytest.fixture(scope="session")

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
         MemoryBank,
         Tokens,
         WorkingSet,
+        disk_rows,
         join,
         load_bank,
         open_bank,
         save_bank,
     )
     from torch_engram.models import Decoder, DecoderConfig, MoEConfig
-    from torch_engram.optim import RowAdam, RowOptimizer, RowwiseAdam
+    from torch_engram.optim import RowAdagrad, RowAdam, RowOptimizer, RowSinkhorn, RowwiseAdam
 
 __version__ = "0.1.0"
 
@@ -41,11 +42,14 @@ _ROOMS = {
     "Memory": "memory",
     "MemoryBank": "memory",
     "MoEConfig": "models",
+    "RowAdagrad": "optim",
     "RowAdam": "optim",
     "RowOptimizer": "optim",
+    "RowSinkhorn": "optim",
     "RowwiseAdam": "optim",
     "Tokens": "memory",
     "WorkingSet": "memory",
+    "disk_rows": "memory",
     "join": "memory",
     "load_bank": "memory",
     "open_bank": "memory",
@@ -64,11 +68,14 @@ __all__ = [
     "Memory",
     "MemoryBank",
     "MoEConfig",
+    "RowAdagrad",
     "RowAdam",
     "RowOptimizer",
+    "RowSinkhorn",
     "RowwiseAdam",
     "Tokens",
     "WorkingSet",
+    "disk_rows",
     "join",
     "load_bank",
     "open_bank",

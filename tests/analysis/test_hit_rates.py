@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter, OrderedDict
 
 import numpy as np
@@ -11,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torch_engram.addressing import Addressing
-from torch_engram.analysis.hit_rates import Ngrams, Steps, distinct_share, number_ngrams, static_hit_rate, traffic
+from torch_engram.analysis import hit_rates
+from torch_engram.analysis.hit_rates import (
+    Ngrams,
+    Steps,
+    distinct_share,
+    number_ngrams,
+    number_rows,
+    static_hit_rate,
+    traffic,
+)
 from torch_engram.config import EngramConfig
 
 CONFIG = EngramConfig(layers=(1,), hidden=8, vocab_size=5, max_ngram=4, rows_per_head=50, heads=2, pad_id=2)
@@ -85,6 +95,51 @@ def test_traffic_is_what_a_server_with_a_dictionary_sees(make_vocab, tokens, ste
         expected = [fetched[order, which] / measured for which in range(len(caches))]
         assert found.fetched[order] == pytest.approx(expected)
     assert found.hit_rates(0) == pytest.approx([0, 0, 0])
+
+
+def rows_of(addressing, tokens, starts):
+    """Row ids of every column of every layer, ``[layers * columns, T]``, none in two layers."""
+    doc_start = torch.zeros(1, len(tokens), dtype=torch.bool)
+    doc_start[0, starts] = True
+    find = addressing.lookup(torch.tensor(tokens)[None], doc_start=doc_start)
+    layers = enumerate(addressing.config.layers)
+    return np.concatenate([(find(layer)[1][0].T + (place << 24)).numpy() for place, layer in layers])
+
+
+@given(tokens=st.lists(st.integers(0, 7), min_size=12, max_size=80), heads=st.sampled_from([2, (1, 3, 2)]))
+def test_by_row_a_server_finds_what_another_ngram_has_brought(make_vocab, tokens, heads):
+    """Few rows, so that most are shared; pieces that cut the text."""
+    config = dataclasses.replace(CONFIG, rows_per_head=9, heads=heads)
+    addressing, starts = Addressing(config, make_vocab(8, 5)), [0, len(tokens) // 2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hit_rates, "_PIECE", 7)
+        rows = number_rows(addressing, np.array(tokens, np.uint32), np.array(starts, np.int64))
+    first = np.cumsum((0, *config.per_order("heads")))[:-1]
+    caches = [0, 1, 4, 11, 1000]
+    found = traffic(rows, (1, 1, 1), caches, Steps(4), 0.3)
+    asked, fetched, measured = serve(rows_of(addressing, tokens, starts)[first], (1, 1, 1), caches, 4, 1, 0.3)
+    assert found.asked == pytest.approx([asked[order] / measured for order in range(3)])
+    for order in range(3):
+        assert found.fetched[order] == pytest.approx([fetched[order, which] / measured for which in range(len(caches))])
+
+
+@pytest.mark.parametrize("steps", [Steps(256), Steps(16, 16)])
+def test_one_head_with_its_share_of_a_cache_stands_for_all(make_vocab, steps):
+    """All 18 columns of two layers through one cache miss what 18 times the first of each order misses, within 2 %."""
+    config = dataclasses.replace(CONFIG, layers=(1, 4), vocab_size=500, rows_per_head=5000, heads=3)
+    tokens = np.random.default_rng(0).zipf(1.2, 20_000).clip(max=600) - 1
+    addressing, starts = Addressing(config, make_vocab(600, 500)), [0, 700, 9000]
+    every = rows_of(addressing, tokens.tolist(), starts)
+    every = Ngrams(tuple(range(len(every))), np.unique(every, return_inverse=True)[1].reshape(every.shape))
+    copies = len(every.ids) // 3
+    caches = [copies * rows for rows in (0, 100, 500, 2000, 8000, 15_000)]
+    all_heads = traffic(every, [1] * len(every.ids), caches, steps, 0.5)
+    ids, places = tokens.astype(np.uint32), np.array(starts, np.int64)
+    one_head = traffic(number_rows(addressing, ids, places), [copies] * 3, caches, steps, 0.5)
+    ngrams = traffic(number_ngrams(addressing, ids, places), [copies] * 3, caches, steps, 0.5)
+    missed = [copies * sum(share) for share in zip(*one_head.fetched, strict=True)]
+    assert missed == pytest.approx([sum(share) for share in zip(*all_heads.fetched, strict=True)], rel=0.02)
+    assert 2 * missed[-1] < copies * sum(share[-1] for share in ngrams.fetched)  # rows are shared, so it matters
 
 
 def test_a_text_too_short_for_its_sequences_is_refused(make_vocab):

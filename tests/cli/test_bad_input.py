@@ -87,7 +87,7 @@ def test_an_unknown_recipe(engram):
         ("model.engrams.engram.layers=5", ("layer 5", "layers 0 to 1", "choose a layer that exists")),
         ("model.engrams.engram.layers=1,0", ("EngramConfig.layers", "ascending order")),
         ("model.vocab_size=100", ("vocab_size is 100; give at least 259",)),
-        ("table.placement=disc", ("There is no placement 'disc'", "device")),
+        ("table.placement=disc", ("There is no placement 'disc'", "did you mean 'disk'?")),
         ("table.codec=fp31", ("There is no codec 'fp31'", "did you mean 'fp32'?")),
         ("tokenizer=/no/such.json", ("'/no/such.json'", "give the path of a `tokenizer.json`")),
         ("model.engrams.engram.rows_per_head=1", ("EngramConfig.rows_per_head is 1",)),

@@ -45,13 +45,24 @@ def reference() -> dict[Any, Any]:
     return {}
 
 
-ADAM, ROWWISE = ("adam", "bf16"), ("rowwise_adam", "fp32")
-EVERY = list(product((ADAM,), ("device", "host", "late-1", "late-7"), (0, 1, 4)))
+ADAM, ROWWISE = ("adam", "bf16", False), ("rowwise_adam", "fp32", False)
+OTHERS = [
+    ("adagrad", "bf16", False),
+    ("adagrad", "fp32", True),
+    ("sinkhorn", "bf16", False),
+    ("sinkhorn", "bf16", True),
+]
+EVERY = list(product((ADAM,), ("device", "host", "disk", "late-1", "late-7"), (0, 1, 4)))
 """What a row optimiser keeps is one plane more or less of a record: one point a placement and a depth does for it."""
 
 
 @pytest.mark.parametrize(
-    "trained, where, depth", [*EVERY, (ROWWISE, "device", 1), (ROWWISE, "host", 4), (ROWWISE, "late-7", 0)]
+    "trained, where, depth",
+    [
+        *EVERY,
+        *[(ROWWISE, "device", 1), (ROWWISE, "host", 4), (ROWWISE, "disk", 4), (ROWWISE, "late-7", 0)],
+        *[(trained, where, depth) for trained in OTHERS for where, depth in (("host", 1), ("late-7", 4))],
+    ],
 )
 def test_one_trajectory_bit_for_bit(
     make_bank: Make,
@@ -59,15 +70,19 @@ def test_one_trajectory_bit_for_bit(
     every_record: Records,
     stores: dict[str, Any],
     reference: dict[Any, Any],
-    trained: tuple[str, str],
+    trained: tuple[str, str, bool],
     where: str,
     depth: int,
 ) -> None:
-    optimizer, codec = trained
+    optimizer, codec, lazy = trained
+    settings = dict(weight_decay=0.5, lazy_decay=True) if lazy else {}
 
     def run(where: str, depth: int) -> tuple[list[float], list[Tensor]]:
         bank = make_bank(
-            BY_ORDER, optimizer=lambda p: ROW_OPTIMIZERS[optimizer](p, lr=0.05), codec=codec, placement=stores[where]
+            BY_ORDER,
+            optimizer=lambda p: ROW_OPTIMIZERS[optimizer](p, lr=0.05, **settings),
+            codec=codec,
+            placement=stores[where],
         )
         return train(bank, adversarial_batches(), depth), every_record(bank)
 
@@ -89,7 +104,7 @@ def tiny(bank: MemoryBank, parts: int = 1) -> int:
 
 
 @pytest.mark.parametrize("times", [1, 50])
-@pytest.mark.parametrize("where, depth", [("host", 0), ("late-1", 1), ("late-7", 3)])
+@pytest.mark.parametrize("where, depth", [("host", 0), ("disk", 2), ("late-1", 1), ("late-7", 3)])
 def test_one_trajectory_bit_for_bit_behind_caches(
     make_bank: Make,
     train: Run,
@@ -155,11 +170,13 @@ def test_a_memory_is_read_the_same_behind_caches(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("where", ["device", "host"])
-def test_one_trajectory_on_a_gpu_at_any_depth(make_bank: Make, train: Run, every_record: Records, where: str) -> None:
+@pytest.mark.parametrize("where", ["device", "host", "disk"])
+def test_one_trajectory_on_a_gpu_at_any_depth(
+    make_bank: Make, train: Run, every_record: Records, stores: dict[str, Any], where: str
+) -> None:
     runs = []
     for depth, cache in ((0, None), (1, None), (4, None), (1, "100KB"), (4, "100KB"), (4, "10MB")):
-        bank = make_bank(BY_ORDER, optimizer=RowAdam, codec="bf16", placement=where, device="cuda", cache=cache)
+        bank = make_bank(BY_ORDER, optimizer=RowAdam, codec="bf16", placement=stores[where], device="cuda", cache=cache)
         runs.append((train(bank, adversarial_batches(), depth), every_record(bank)))
     for losses, records in runs[1:]:
         assert losses == runs[0][0]

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from torch_engram.memory import MemoryBank, Tokens, open_bank, save_bank
+from torch_engram.memory import MemoryBank, Tokens, direct_reads, open_bank, save_bank
 from torch_engram.optim import RowAdam
 from torch_engram.stores import (
     CODECS,
@@ -164,13 +164,14 @@ def require_counts(cache: str, counts: Mapping[Any, Mapping[str, int]]) -> None:
 
 
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("where", STORES)
+@pytest.mark.parametrize("where", [*STORES, "directly"])
 def test_embeddings_of_every_store_codec_and_cache(
-    make_bank: Make, files: Files, device: torch.device, where: str, cache: str
+    make_bank: Make, files: Files, device: torch.device, where: str, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(direct_reads, "DEVICES", ["cpu", "cuda"] if where == "directly" else [])
     writable = where.startswith("writable-")
     rows: dict[str, Any] = {"codec": files.codec} if writable else {"tables": files.folder}
-    placement = where.removeprefix("writable-")
+    placement = "device" if where == "directly" else where.removeprefix("writable-")
     record = RecordLayout((Plane("value", WIDTH, files.codec), Plane("count", 1, "int32")))
     size = size_of(cache, 2 * WAYS * (2 * record.nbytes + 12))  # two orders of two heads
     bank = make_bank(ONE_LAYER, placement=placement, cache=size, device=device, **rows)

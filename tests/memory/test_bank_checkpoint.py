@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from torch_engram.addressing import CanonicalVocab
-from torch_engram.memory import MemoryBank, Tokens, checkpoint, load_bank, open_bank, save_bank
-from torch_engram.optim import RowAdam, RowwiseAdam
+from torch_engram.memory import MemoryBank, Tokens, load_bank, open_bank, save_bank, saved_tables
+from torch_engram.optim import ROW_OPTIMIZERS, RowAdagrad, RowAdam, RowwiseAdam
 from torch_engram.stores import DeviceStore, make_keys
 
 Make = Callable[..., MemoryBank]
@@ -38,16 +40,46 @@ def trained(make_bank: Make, train: Run) -> MemoryBank:
     return bank
 
 
-def test_save_load_save_is_identity(trained: MemoryBank, every_record: Records, train: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        RowAdam,
+        RowAdagrad,
+        *[partial(ROW_OPTIMIZERS[n], weight_decay=9.0, lazy_decay=True) for n in ("adam", "sinkhorn")],
+    ],
+)
+def test_save_load_save_is_identity(
+    make_bank: Make, optimizer: Any, every_record: Records, train: Run, tmp_path: Path
+) -> None:
+    trained = make_bank(BY_ORDER, optimizer=optimizer, codec="bf16", seed=3)
+    train(trained, [[Tokens(torch.randint(60, (2, 5)))] for _ in range(5)])
     save_bank(trained, tmp_path / "one")
     for placement in ("device", "host"):
-        bank = open_bank(tmp_path / "one", optimizer=RowAdam, placement=placement)
+        bank = open_bank(tmp_path / "one", optimizer=optimizer, placement=placement)
         assert all(torch.equal(a, b) for a, b in zip(every_record(bank), every_record(trained), strict=True))
         save_bank(bank, tmp_path / placement)
         assert files(tmp_path / placement) == files(tmp_path / "one")
         assert not list(tmp_path.rglob("*.tmp"))
     batches = [[Tokens(torch.randint(60, (2, 5)))] for _ in range(5)]
     assert train(bank, batches) == train(trained, batches)  # and training goes on as if nothing had happened
+    assert all(torch.equal(a, b) for a, b in zip(every_record(bank), every_record(trained), strict=True))
+
+
+@pytest.mark.parametrize("owed", [None, [], [[]], [[0]], [["0.0"]], 7, [[0.0], [0.0]]])
+def test_rows_whose_decay_is_not_known_are_refused(
+    make_bank: Make, train: Run, every_record: Records, tmp_path: Path, owed: Any
+) -> None:
+    lazy: Any = partial(RowAdam, weight_decay=1.0, lazy_decay=True)
+    bank = make_bank(BY_ORDER, optimizer=lazy)
+    train(bank, [[Tokens(torch.randint(60, (2, 5)))] for _ in range(3)])
+    save_bank(bank, tmp_path)
+    assert len(json.loads((tmp_path / "memory.json").read_text())["owed_decay"][0]) == 4
+    edit(tmp_path / "memory.json", lambda facts: facts.update(owed_decay=owed))
+    with pytest.raises(
+        ValueError, match=r"running sums of the decay that its rows owe|The saved decay is of . parameter"
+    ):
+        open_bank(tmp_path, optimizer=lazy)
+    open_bank(tmp_path)  # to read it takes none
 
 
 @pytest.mark.parametrize("codec", ["fp16", "fp8", "int8"])
@@ -161,6 +193,7 @@ def test_damage_is_named_in_one_sentence(
     ({}, {"seed": 4}, "another seed of initial rows"),
     ({}, {"codec": "fp32"}, "another codec"),
     ({}, {"optimizer": RowwiseAdam}, "other planes .* load it with its own row optimiser"),
+    ({}, {"optimizer": partial(RowAdam, lazy_decay=True)}, "other planes .* load it with its own row optimiser"),
 ])  # fmt: skip
 def test_another_memorys_rows_are_refused_before_any_row_has_changed(
     trained: MemoryBank,
@@ -209,7 +242,7 @@ from torch_engram.memory import open_bank, save_bank
 from torch_engram.optim import RowAdam
 from torch_engram.stores import parts
 torch.set_num_threads(1)
-parts._CHUNK_ROWS = 64
+parts.CHUNK_ROWS = 64
 bank = open_bank(Path(sys.argv[1]), optimizer=RowAdam)
 for attempt in range(12):
     child = os.fork()
@@ -302,20 +335,56 @@ def test_a_save_by_another_while_loading_is_not_built_upon(
 ) -> None:
     trainer, reader = (make_bank(optimizer=RowAdam) for _ in range(2))
     save_bank(trainer, tmp_path)
-    real = checkpoint.load_table
+    real = saved_tables.load_table
 
     def load_while_another_saves(*arguments: Any) -> None:
         real(*arguments)
         train(trainer, [[Tokens(torch.randint(60, (1, 2)))]])
         save_bank(trainer, tmp_path)
 
-    monkeypatch.setattr(checkpoint, "load_table", load_while_another_saves)
+    monkeypatch.setattr(saved_tables, "load_table", load_while_another_saves)
     load_bank(reader, tmp_path)
     monkeypatch.undo()
     train(reader, [[Tokens(torch.tensor([[5]]))]])
     save_bank(reader, tmp_path)
     found = every_record(open_bank(tmp_path, optimizer=RowAdam))
     assert all(torch.equal(a, b) for a, b in zip(found, every_record(reader), strict=True))
+
+
+def test_a_save_since_another_folder_writes_what_changed_and_needs_that_folder_no_more(
+    make_bank: Make, train: Run, every_record: Records, tmp_path: Path
+) -> None:
+    bank = make_bank({"rows_per_head": 997}, optimizer=RowAdam)
+    train(bank, [[Tokens(torch.randint(60, (2, 30)))]])
+    save_bank(bank, tmp_path / "1")
+    for number in (2, 3):
+        train(bank, [[Tokens(torch.randint(60, (1, 4)))]])
+        save_bank(bank, tmp_path / str(number), since=tmp_path / str(number - 1))
+    fresh = parts_of(tmp_path / "3") - parts_of(tmp_path / "1")
+    assert len(fresh) == 2 * len(bank.tables) and all("changes-" in name for name in fresh)
+    for folder in ("1", "2"):
+        shutil.rmtree(tmp_path / folder)
+    found = every_record(open_bank(tmp_path / "3", optimizer=RowAdam))
+    assert all(torch.equal(a, b) for a, b in zip(found, every_record(bank), strict=True))
+
+
+@pytest.mark.parametrize("spoil", ["another memory", "no links", "nothing there"])
+def test_a_save_since_a_folder_that_does_not_serve_writes_all(
+    make_bank: Make, train: Run, every_record: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: str
+) -> None:
+    bank = make_bank(optimizer=RowAdam)
+    save_bank(bank, tmp_path / "1")
+    train(bank, [[Tokens(torch.randint(60, (1, 1)))]])
+    if spoil == "another memory":
+        save_bank(make_bank(optimizer=RowAdam, seed=5), tmp_path / "1")
+    elif spoil == "no links":
+        monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError("no links here")))
+    else:
+        shutil.rmtree(tmp_path / "1")
+    save_bank(bank, tmp_path / "2", since=tmp_path / "1")
+    assert not list((tmp_path / "2").rglob("changes*"))
+    found = every_record(open_bank(tmp_path / "2", optimizer=RowAdam))
+    assert all(torch.equal(a, b) for a, b in zip(found, every_record(bank), strict=True))
 
 
 def test_two_banks_over_one_store_keep_their_own_folders_whole(

@@ -81,7 +81,7 @@ def make_kernel_bank(make_bank: Make, in_place: None, monkeypatch: pytest.Monkey
     return make
 
 
-@pytest.mark.parametrize("where", ["device", "host", "late-7"])
+@pytest.mark.parametrize("where", ["device", "host", "disk", "late-7"])
 @pytest.mark.parametrize("codec, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_embeddings_are_exact_at_any_depth(
     make_bank: Make, every_record: Records, stores: dict[str, Any], where: str, codec: str, dtype: torch.dtype
@@ -95,14 +95,17 @@ def test_embeddings_are_exact_at_any_depth(
     assert all(same(run, runs[0]) for run in runs[1:])
 
 
-@pytest.mark.parametrize("optimizer, codec", [("adam", "bf16"), ("rowwise_adam", "fp32")])
+@pytest.mark.parametrize(
+    "optimizer, codec", [("adam", "bf16"), ("rowwise_adam", "fp32"), ("adagrad", "bf16"), ("sinkhorn", "fp32")]
+)
 def test_the_kernels_are_exact_at_any_depth_and_near_their_twins(
     make_kernel_bank: Make, make_bank: Make, every_record: Records, device: torch.device, optimizer: str, codec: str
 ) -> None:
     if device.type == "cpu" and torch.cuda.is_available():
         pytest.skip("compiled kernels take tensors of the GPU alone")
     data, runs = batches(5 if device.type == "cpu" else STEPS), []
-    options: dict[str, Any] = dict(optimizer=lambda p: ROW_OPTIMIZERS[optimizer](p, lr=0.05), codec=codec)
+    settings = dict(weight_decay=0.5, lazy_decay=True) if optimizer in ("adagrad", "sinkhorn") else {}
+    options: dict[str, Any] = dict(optimizer=lambda p: ROW_OPTIMIZERS[optimizer](p, lr=0.05, **settings), codec=codec)
     for depth in (0, 1, 3):
         bank = make_kernel_bank(BY_ORDER, device=device, **options)
         runs.append(trajectory(bank, data, depth, reads=True) + every_record(bank))
@@ -133,11 +136,11 @@ def test_a_gpu_is_exact_at_any_depth_while_it_runs_behind(
     assert all(same(run, runs[0]) for run in runs[1:])
 
 
-@pytest.mark.parametrize("placement", ["device", "host"])
-def test_reads_between_steps_see_every_write(make_bank: Make, placement: str) -> None:
+@pytest.mark.parametrize("where", ["device", "host", "disk"])
+def test_reads_between_steps_see_every_write(make_bank: Make, stores: dict[str, Any], where: str) -> None:
     runs = []
     for depth in (0, 2):
-        bank = make_bank(BY_ORDER, optimizer=lambda p: RowAdam(p, lr=0.05), placement=placement)
+        bank = make_bank(BY_ORDER, optimizer=lambda p: RowAdam(p, lr=0.05), placement=stores[where])
         runs.append(trajectory(bank, batches(), depth, reads=True))
     assert same(*runs)
 

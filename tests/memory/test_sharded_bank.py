@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch import Tensor
 
+from ranks import run_ranks
 from torch_engram.addressing import CanonicalVocab
 from torch_engram.config import EngramConfig
 from torch_engram.memory import MemoryBank, Tokens, WorkingSet
@@ -25,7 +25,9 @@ FIELDS: dict[str, Any] = dict(
 
 def make(optimizer: str = "adam", **options: Any) -> MemoryBank:
     vocab = CanonicalVocab(torch.arange(60), "tokenizer")
-    return MemoryBank(EngramConfig.from_dict(FIELDS), vocab, optimizer=lambda p: ROW_OPTIMIZERS[optimizer](p, lr=0.05), **options)
+    return MemoryBank(
+        EngramConfig.from_dict(FIELDS), vocab, optimizer=lambda p: ROW_OPTIMIZERS[optimizer](p, lr=0.05), **options
+    )
 
 
 def batch(step: int, rank: int) -> list[Tokens]:
@@ -53,7 +55,8 @@ def held(bank: MemoryBank) -> list[Tensor]:
     shard = bank.shard
     rows = [torch.arange(t.rows) if shard is None else shard.of(0, t.rows) for t in bank.tables]
     return [
-        bank.source(table).store.fetch(make_keys(table.space, own)) for table, own in zip(bank.tables, rows, strict=True)
+        bank.source(table).store.fetch(make_keys(table.space, own))
+        for table, own in zip(bank.tables, rows, strict=True)
     ]
 
 
@@ -130,6 +133,4 @@ def test_tables_divided_over_ranks_train_as_one_does(ranks: int) -> None:
 def _by_step(runs: list[dict[str, list[Tensor]]], what: str) -> list[Tensor]:
     """In the order in which one process reads them: a step's micro-batches, rank after rank."""
     per_step = len(runs[0][what]) // STEPS
-    return [
-        one for step in range(STEPS) for run in runs for one in run[what][step * per_step : (step + 1) * per_step]
-    ]
+    return [one for step in range(STEPS) for run in runs for one in run[what][step * per_step : (step + 1) * per_step]]

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from torch_engram.optim import ROW_OPTIMIZERS, RowOptimizer, RowwiseAdam
+from torch_engram.optim import ROW_OPTIMIZERS, RowAdagrad, RowAdam, RowOptimizer, RowSinkhorn, RowwiseAdam
 from torch_engram.stores import DecodedRows, Plane, RecordLayout, RowFormat, make_keys
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -34,12 +34,21 @@ def fields_only(layout: RecordLayout) -> Tensor:
     return inside
 
 
-def bound_step(optimizer: RowOptimizer, rows: DecodedRows, grad: Tensor) -> None:
+def bound_step(optimizer: RowOptimizer, rows: dict[str, Tensor], grad: Tensor) -> None:
     """What a bank does."""
     (proxy,) = optimizer.param_groups[0]["params"]
     proxy.data, proxy.grad = rows["value"], grad
     optimizer.state[proxy] = rows
     optimizer.step()
+
+
+def settings_of(kind: Make, beta: float) -> dict[str, Any]:
+    return {
+        RowAdam: {"betas": (beta, 0.99), "eps": 1e-6},
+        RowwiseAdam: {"beta2": beta, "eps": 1e-6},
+        RowAdagrad: {"eps": 1e-6},
+        RowSinkhorn: {"beta": beta, "normalizations": 5, "threshold": 0.5},
+    }[kind]
 
 
 @settings(max_examples=12)
@@ -49,10 +58,15 @@ def bound_step(optimizer: RowOptimizer, rows: DecodedRows, grad: Tensor) -> None
 @pytest.mark.parametrize("codec", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ROW_OPTIMIZERS.values())
 def test_several_steps_follow_the_twin(kind: Make, codec: str, rows: int, width: int, beta: float, size: float) -> None:
-    settings = {"beta2": beta} if kind is RowwiseAdam else {"betas": (beta, 0.99)}
-    proxy = nn.Parameter(torch.empty(0, width, device=DEVICE))
+    """The twin is the same optimiser on planes that are copies."""
     rate = torch.tensor(0.05) if rows % 3 else 0.05  # schedulers and captured loops make tensors of it
-    optimizer = kind([proxy], lr=rate, eps=1e-6, weight_decay=2.0 * (rows % 2), **settings)
+    optimizer, twins = (
+        kind(
+            [nn.Parameter(torch.empty(0, width, device=DEVICE))],
+            lr=rate, weight_decay=2.0 * (rows % 2), lazy_decay=rows % 4 == 1, **settings_of(kind, beta),
+        )
+        for _ in range(2)
+    )  # fmt: skip
     row_format = table(optimizer, width, codec)
     layout, keys = row_format.layout, make_keys(3, torch.arange(rows, device=DEVICE) * 5)
     inside = fields_only(layout)
@@ -64,10 +78,10 @@ def test_several_steps_follow_the_twin(kind: Make, codec: str, rows: int, width:
         grad = torch.randn(rows, width, device=DEVICE) * size
         bound_step(optimizer, mine, grad)
         assert mine.encoded and mine.encode() is records
-        twin["count"] += 1
-        optimizer.update(twin["value"], grad, twin, optimizer.param_groups[0])
+        bound_step(twins, twin, grad)
         found = row_format.decode(keys, records)
         assert bool((found["count"] == number + 1).all()) and bool((records[:, ~inside] == 0xA5).all())
+        assert "last" not in found or bool((found["last"] == number + 1).all())
         for name in twin.keys() - {"value", "count"}:
             torch.testing.assert_close(found[name], twin[name], rtol=1e-6, atol=1e-7 * max(size, size**2), msg=name)
         if codec == "fp32":
@@ -105,8 +119,7 @@ def test_corrections_of_old_and_young_rows(kind: Make) -> None:
     twin = {name: plane.clone() for name, plane in rows.items()}
     grad = torch.ones(len(counts), 1, device=DEVICE)
     bound_step(optimizer, rows, grad)
-    twin["count"] += 1
-    optimizer.update(twin["value"], grad, twin, optimizer.param_groups[0])
+    bound_step(optimizer, twin, grad)
     torch.testing.assert_close(rows["value"], twin["value"], rtol=1e-5, atol=0.0)
 
 

@@ -13,6 +13,7 @@ from disk_ways import WAYS, read_by
 from torch_engram.stores import (
     DeviceStore,
     DiskStore,
+    DiskTable,
     FileRows,
     HostStore,
     LoadedStore,
@@ -29,10 +30,11 @@ ReaderOf = Callable[[Mapping[int, FileRows]], Store]
 StoreOf = Callable[[RecordLayout, Mapping[int, int]], WritableStore]
 
 STORES = [
-    "device", "host",
+    "device", "host", "disk",
     pytest.param("device-cuda", marks=pytest.mark.gpu), pytest.param("host-pinned", marks=pytest.mark.gpu),
+    pytest.param("disk-cuda", marks=pytest.mark.gpu),
 ]  # fmt: skip
-ON_GPU = ("device-cuda", "host-pinned")
+ON_GPU = ("device-cuda", "host-pinned", "disk-cuda")
 
 
 @pytest.fixture(params=["uncached", "tiny", "large"])
@@ -43,7 +45,7 @@ def cache(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(params=STORES)
-def store_of(request: pytest.FixtureRequest, cache: str) -> StoreOf:
+def store_of(request: pytest.FixtureRequest, cache: str, tmp_path_factory: pytest.TempPathFactory) -> StoreOf:
     def make(layout: RecordLayout, spaces: Mapping[int, int]) -> WritableStore:
         store = alone(layout, spaces)
         if cache == "uncached":
@@ -58,6 +60,8 @@ def store_of(request: pytest.FixtureRequest, cache: str) -> StoreOf:
                 return DeviceStore(layout, spaces, "cpu")
             case "device-cuda":
                 return DeviceStore(layout, spaces, "cuda")
+            case "disk" | "disk-cuda":
+                return DiskTable(layout, spaces, tmp_path_factory.mktemp("rows"), staging=0)
             case "host":
                 return HostStore(layout, spaces, for_gpu=False)
             case _:

@@ -54,7 +54,7 @@ def test_saved_and_loaded_is_the_same(
 ) -> None:
     folder, records = tmp_path_factory.mktemp("table"), records_of(rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "_CHUNK_ROWS", chunk)
+        patch.setattr(parts, "CHUNK_ROWS", chunk)
         manifest = save(folder, records, rows_per_part)
         assert torch.equal(load(folder, manifest, rows), records)
     assert len(manifest.parts) == -(-rows // rows_per_part)
@@ -67,7 +67,7 @@ def test_changed_rows_are_added_and_nothing_earlier_is_touched(
 ) -> None:
     folder, records = tmp_path_factory.mktemp("table"), records_of(rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "_CHUNK_ROWS", chunk)
+        patch.setattr(parts, "CHUNK_ROWS", chunk)
         patch.setattr(parts, "ROWS_PER_PART", 7)
         manifests, tables = [save(folder, records)], [records]
         for update in updates:
@@ -116,7 +116,7 @@ def test_what_cannot_be_added_to_is_written_anew(tmp_path: Path, why: str) -> No
 def test_parts_are_told_from_other_files(tmp_path: Path) -> None:
     manifest = save(tmp_path, records_of(10), rows_per_part=8)
     manifest = update_table(tmp_path, manifest, torch.tensor([3]), LAYOUT, records_of(10).__getitem__)
-    mine = {"unnamed.0123abcd.tmp", "unnamed", *(part.file for part in manifest.parts)}
+    mine = {"unnamed-89abcdef.0123abcd.tmp", "unnamed-89abcdef", *(part.file for part in manifest.parts)}
     others = {
         "notes.txt",
         "rows-by-country.csv",
@@ -124,7 +124,7 @@ def test_parts_are_told_from_other_files(tmp_path: Path) -> None:
         "unnamed.txt",
         "my-" + manifest.parts[0].file,
     }
-    for name in ("unnamed.0123abcd.tmp", "unnamed", *others):
+    for name in ("unnamed-89abcdef.0123abcd.tmp", "unnamed-89abcdef", *others):
         (tmp_path / name).write_text("")
     (tmp_path / f"changes-{'0' * 16}.safetensors").mkdir()
     assert {path.name for path in parts_in(tmp_path)} == mine and len(manifest.parts) == 3

@@ -15,9 +15,12 @@ KERNELS = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @settings(max_examples=30)
 @given(
-    st.integers(1, 70), st.lists(st.integers(1, 200), min_size=1, max_size=3), st.integers(0, 300), st.integers(0, 99)
-)
-def test_kernels_move_the_same_bytes(width: int, sizes: list[int], wanted: int, seed: int) -> None:
+    st.integers(1, 70), st.lists(st.integers(1, 200), min_size=1, max_size=3), st.integers(0, 300),
+    st.sampled_from([None, 1, 2, 5]), st.integers(0, 99),
+)  # fmt: skip
+def test_kernels_move_the_same_bytes(
+    width: int, sizes: list[int], wanted: int, programs: int | None, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     layout = RecordLayout((Plane("value", width, "fp32"), Plane("count", 1, "int32")))
     spaces = {7 * number + 2: rows for number, rows in enumerate(sizes)}
@@ -30,5 +33,5 @@ def test_kernels_move_the_same_bytes(width: int, sizes: list[int], wanted: int, 
     assert torch.equal(found.cpu().view(torch.uint8), twin.gather(keys))
     new = torch.empty(len(keys), layout.nbytes, dtype=torch.uint8).random_(generator=generator)
     twin.scatter(keys, new)
-    scatter_triton(table, bases, keys.to(KERNELS), new.view(torch.int64).to(KERNELS), changed)
+    scatter_triton(table, bases, keys.to(KERNELS), new.view(torch.int64).to(KERNELS), changed, programs)
     assert torch.equal(table.cpu(), twin.words) and torch.equal(changed.cpu(), twin._changed)

@@ -44,6 +44,8 @@ def test_recompute_changes_no_bit(make_trainer, state_of, assert_same, lines_of)
     "table",
     [
         {"prefetch": 1}, {"prefetch": 9}, {"placement": "host"}, {"placement": "host", "cache": "1MB"},
+        {"placement": "disk"}, {"placement": "disk", "prefetch": 2},
+        {"placement": "disk", "cache": "1MB", "prefetch": 1},
         {"placement": "host", "cache": "2kB", "prefetch": 3},  # one set, which throws rows out at every step
     ],
 )  # fmt: skip

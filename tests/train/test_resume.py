@@ -34,8 +34,12 @@ def test_resume_with_rows_elsewhere_and_another_prefetch_changes_no_bit(make_tra
     assert_same(state_of(resumed), state_of(whole))
 
 
-def test_resume_with_rowwise_adam_and_bf16_rows(make_trainer, run_steps, state_of, assert_same):
-    table = {"optimizer": "rowwise_adam", "codec": "bf16"}
+@pytest.mark.parametrize("table", [
+    {"optimizer": "rowwise_adam", "codec": "bf16"},
+    {"optimizer": "adagrad"},
+    {"optimizer": "sinkhorn", "codec": "bf16", "weight_decay": 5.0, "lazy_decay": True},
+])  # fmt: skip
+def test_resume_with_other_row_optimisers_and_bf16_rows(make_trainer, run_steps, state_of, assert_same, table):
     whole = make_trainer(name="whole", table=table)
     whole.run()
     run_steps(make_trainer(table=table), 2)

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,17 @@ def test_the_newest_are_kept_and_nothing_hidden_is_left(make_trainer):
     trainer = make_trainer(save_every=1, keep=2)
     trainer.run()
     assert sorted(os.listdir(trainer.folder)) == ["metrics.jsonl", "step-00000005", "step-00000006"]
+
+
+def test_a_later_checkpoint_shares_the_rows_that_did_not_change(make_trainer, make_recipe):
+    model = make_recipe().model
+    engram = replace(model.engrams["engram"], rows_per_head=20_011)
+    trainer = make_trainer(model=replace(model, engrams={"engram": engram}), save_every=3)
+    trainer.run()
+    parts = [sorted(path.glob("memory-engram/table-00/*")) for path in checkpoints(trainer.folder)]
+    whole = [part for part in parts[1] if part.name.startswith("rows")]
+    assert [part.stat().st_ino for part in whole] == [part.stat().st_ino for part in parts[0]]
+    assert sum(part.stat().st_size for part in parts[1]) < 1.2 * sum(part.stat().st_size for part in parts[0])
 
 
 def test_an_opened_checkpoint_is_the_trained_model(make_trainer, text):

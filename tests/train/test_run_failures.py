@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
@@ -137,3 +139,24 @@ def test_a_run_writes_what_the_recipe_asks_for(make_trainer, lines_of):
     assert [line["step"] for line in lines if "validation" in line] == [3, 6, 7]
     assert {"loss", "lr_factor", "grad_norm", "tokens", "expert_peak_load"} <= set(lines[0])
     assert sorted(path.name for path in trainer.folder.glob("step-*")) == [f"step-{n:08d}" for n in (3, 6, 7)]
+
+
+def test_a_full_disk_for_rows_stops_the_run_and_the_checkpoint_before_it_is_whole(make_trainer, largest_file):
+    base = make_trainer().recipe.model
+    engrams = {"engram": replace(base.engrams["engram"], rows_per_head=3000)}
+    settings = dict(model=replace(base, engrams=engrams), save_every=2, eval_every=100, table={"placement": "disk"})
+    trainer = make_trainer(**settings)
+    rows = trainer.folder / "rows-engram" / "rows-00.safetensors"
+    with ExitStack() as held:
+
+        def watch(progress):
+            if progress.step == 3:
+                held.enter_context(largest_file(rows.stat().st_size // 2))
+
+        with pytest.raises(ValueError, match="make room on its disk, and go on from a checkpoint") as stopped:
+            trainer.run(watch)
+    assert "Cannot save" in str(stopped.value) and "step-00000002 is whole" in str(stopped.value)
+    del trainer, watch, stopped
+    resumed, whole = make_trainer(resume_run=True, **settings), make_trainer(name="whole", **settings)
+    assert resumed.step == 2
+    assert resumed.run().score == whole.run().score

@@ -66,10 +66,12 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "200"}
 
 
-def test_kill_9_at_random_moments(make_recipe, make_trainer, state_of, assert_same, lines_of):
+@pytest.mark.parametrize("placement", ["device", "disk"])
+def test_kill_9_at_random_moments(make_recipe, make_trainer, state_of, assert_same, lines_of, placement):
     """The newest complete checkpoint always opens and resumes, no half-written one is ever visible, and the run that
     was killed over and over ends where an undisturbed one does."""
-    settings = dict(steps=80, save_every=1, keep=2, eval_every=30, accumulation=1)
+    table = {"placement": placement, "prefetch": 1}
+    settings = dict(steps=80, save_every=1, keep=2, eval_every=30, accumulation=1, table=table)
     recipe = make_recipe(**settings)
     found = subprocess.run(
         [sys.executable, "-c", KILLER, json.dumps(recipe.to_dict())],
@@ -82,7 +84,9 @@ def test_kill_9_at_random_moments(make_recipe, make_trainer, state_of, assert_sa
     resumed = make_trainer(resume_run=True, **settings)
     assert resumed.step == seen["steps"][-1]
     resumed.run()
-    assert sorted(os.listdir(resumed.folder)) == ["metrics.jsonl", "step-00000079", "step-00000080"]
+    kept, rows = ["metrics.jsonl", "step-00000079", "step-00000080"], resumed.folder / "rows-engram"
+    assert sorted(os.listdir(resumed.folder)) == sorted([*kept, *([rows.name] if placement == "disk" else [])])
+    assert not rows.exists() or os.listdir(rows) == ["rows-00.safetensors"]
     whole = make_trainer(name="whole", **{**settings, "save_every": 0})
     whole.run()
     assert_same(state_of(resumed), state_of(whole))

@@ -4,6 +4,10 @@ All heads of an order and all layers read an n-gram's rows at the same time, so 
 one entry with the records of every head and layer. One LRU cache holds the n-grams of all orders. It sees a text as a
 server does, a step at a time: a chunk of one document after the other in prefill, a token of each sequence in decode.
 A step asks once for every n-gram that it has, and what it has asked for is in the cache when the next one begins.
+
+A cache may hold rows instead, each record on its own, and then also finds one that another n-gram has brought. All
+heads of all layers hash alike, so that one head with its share of the cache tells what all do: its rows are numbered as
+n-grams are.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ import torch
 from torch_engram.addressing import Addressing
 from torch_engram.analysis.reuse import AGAIN, reuse_bytes
 from torch_engram.data import TokenFile
+
+_PIECE = 2**18  # positions whose rows are found at once, those of all heads
 
 _Ints = np.ndarray[Any, np.dtype[Any]]
 
@@ -49,11 +55,7 @@ def number_ngrams(addressing: Addressing, tokens: _Ints, doc_starts: _Ints) -> N
     ``tokens``: raw ids ``[T]``. ``doc_starts``: the index of each document's first token. Holds some ten integers a
     token. Raises ``ValueError`` for an id outside the vocabulary.
     """
-    config = addressing.config
-    starts = torch.zeros(1, len(tokens), dtype=torch.bool)
-    starts[0, torch.from_numpy(np.array(doc_starts, np.int64))] = True
-    ids = torch.from_numpy(np.array(tokens, np.int64))[None]
-    windows = addressing.windows(ids, doc_start=starts)[0].numpy()
+    config, windows = addressing.config, _windows(addressing, tokens, doc_starts).numpy()
     numbers, found, used = windows[:, 0], np.empty((len(config.orders), len(tokens)), np.int32), 0
     for place, order in enumerate(config.orders):
         # Numbering what is there before each step keeps the integers below T·V, which fits where V^n would not.
@@ -61,6 +63,30 @@ def number_ngrams(addressing: Addressing, tokens: _Ints, doc_starts: _Ints) -> N
         found[place] = numbers + used
         used += len(distinct)
     return Ngrams(config.orders, found)
+
+
+def number_rows(addressing: Addressing, tokens: _Ints, doc_starts: _Ints) -> Ngrams:
+    """Number the rows that each order's first head reads in the first layer: n-grams that collide share a number.
+
+    Takes and raises what :func:`number_ngrams` does. Holds some twenty integers a token.
+    """
+    config, windows = addressing.config, _windows(addressing, tokens, doc_starts)
+    heads = config.per_order("heads")
+    columns = [sum(heads[:place]) for place in range(len(heads))]
+    rows = np.empty((len(columns), len(windows)), np.int64)
+    for start in range(0, len(windows), _PIECE):
+        piece = slice(start, start + _PIECE)
+        rows[:, piece] = addressing.rows(windows[None, piece], config.layers[0])[1][0, :, columns].T
+    numbers = np.unique(rows, return_inverse=True)[1]  # row ids are a layer's own, so no two orders share one
+    return Ngrams(config.orders, numbers.reshape(rows.shape).astype(np.int32))
+
+
+def _windows(addressing: Addressing, tokens: _Ints, doc_starts: _Ints) -> torch.Tensor:
+    """The canonical windows of a text: int64 ``[T, N]``."""
+    starts = torch.zeros(1, len(tokens), dtype=torch.bool)
+    starts[0, torch.from_numpy(np.array(doc_starts, np.int64))] = True
+    ids = torch.from_numpy(np.array(tokens, np.int64))[None]
+    return addressing.windows(ids, doc_start=starts)[0]
 
 
 def ngrams_of_file(addressing: Addressing, file: TokenFile) -> Ngrams:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +14,14 @@ from torch.distributed import ProcessGroup
 from torch_engram.addressing import Addressing, CanonicalVocab, LayerLayout, Lookup
 from torch_engram.config import EngramConfig
 from torch_engram.memory.cached_reads import CachedFetch, CachedReads, counts_by_order
+from torch_engram.memory.direct_reads import DirectFetch, DirectReads, reads_directly
 from torch_engram.memory.exchange import Exchange
 from torch_engram.memory.file_tables import IN_PLACE, NEVER_WRITTEN, FileTables, Tables
 from torch_engram.memory.lanes import LaneFetch, Lanes
 from torch_engram.memory.lookups import Lookups
 from torch_engram.memory.placement import PLACEMENTS, StoreFactory, make_sources, require_known, require_trainable
-from torch_engram.memory.prefetching import Prefetcher
+from torch_engram.memory.plain_reads import Reads
+from torch_engram.memory.prefetching import Fetch, Prefetcher
 from torch_engram.memory.rows import TouchedRows
 from torch_engram.memory.sharded_rows import ShardedRows
 from torch_engram.memory.source import Source
@@ -39,14 +40,14 @@ class MemoryBank:
     parameters, returns the row optimiser; a bank without one can only be read. ``tables``: safetensors files whose rows
     are served and never written to: a file, or a folder of shards, by the layers in the names of its tensors; or for
     every layer its :class:`~torch_engram.stores.named_tables.NamedTable` or (path, name of the tensor). ``placement``:
-    where rows live, ``device``, ``host`` or a function that makes a store; those of ``tables`` are loaded there, with
-    ``host-shared`` once for all processes of a machine, or with ``disk`` and ``disk-direct`` read where they are,
-    through the page cache or past it. ``cache``: bytes of ``device`` for rows that were read lately, a number or such
-    as ``"8GB"``; none by default. ``codec``: how values are stored, by default fp32, or as the files have them; bf16,
-    and in a bank that is only read also fp16, fp8 or int8. ``device``, ``dtype``: of the embeddings, so the backbone's.
-    ``layouts``: a checkpoint's. ``group``: the ranks of :mod:`torch.distributed` that the rows are divided over; all of
-    them then make the bank, and read and train in the same order. Raises ``ValueError`` naming what does not fit,
-    ``OSError`` for a file that cannot be read.
+    where rows live, ``device``, ``host``, :func:`disk_rows` of a folder, or another function that makes a store; those
+    of ``tables`` are loaded there, with ``host-shared`` once for all processes of a machine, or with ``disk`` and
+    ``disk-direct`` read where they are, through the page cache or past it. ``cache``: bytes of ``device`` for rows that
+    were read lately, a number or such as ``"8GB"``; none by default. ``codec``: how values are stored, by default fp32,
+    or as the files have them; bf16, and in a bank that is only read also fp16, fp8 or int8. ``device``, ``dtype``: of
+    the embeddings, so the backbone's. ``layouts``: a checkpoint's. ``group``: the ranks of :mod:`torch.distributed`
+    that the rows are divided over; all of them then make the bank, and read and train in the same order. Raises
+    ``ValueError`` naming what does not fit, ``OSError`` for a file that cannot be read or made.
     """
 
     def __init__(
@@ -79,13 +80,9 @@ class MemoryBank:
             self.tables, [self._format(table) for table in self.tables], make,
             device=self.device, name=name, trains=optimizer is not None, cache=cache, shard=self.shard,
         )  # fmt: skip
-        self._reads: Callable[[Table, Source], TouchedRows] = TouchedRows
-        if self.exchange is not None:
-            self._reads = partial(ShardedRows, exchange=self.exchange)
-        elif cache is not None and optimizer is None:
-            self._reads = CachedReads
-        self.saved: tuple[Path, str, tuple[int, ...]] | None = None
-        """Where the rows were last saved to or loaded from: folder, digest of its contents, since when stores count."""
+        self._reads = self._choose_reads()
+        self.saved: tuple[str, tuple[int, ...]] | None = None
+        """What was last saved or loaded: its digest, and since when stores count changes of it."""
         self._prefetcher = Prefetcher(
             name, self.device, dtype, cached=self._reads is CachedReads, together=self.exchange is not None
         )
@@ -105,7 +102,10 @@ class MemoryBank:
             self.codec = files.codec
             return files.make_store
         if isinstance(placement, str) and placement in IN_PLACE:
-            raise ValueError(f"placement={placement!r} reads tables in files: give tables=, or use open_bank().")
+            raise ValueError(
+                f"placement={placement!r} reads tables in files: give tables=, or use open_bank(); to "
+                "train rows on disk, give placement=disk_rows(folder)."
+            )
         self.codec = codec or "fp32"
         require_known(self.codec, placement)
         if trains:
@@ -117,12 +117,22 @@ class MemoryBank:
             raise ValueError(
                 "Only rows that are trained are divided over ranks: give an optimizer, or leave out group=."
             )
-        return Exchange(group)
+        return Exchange(group, self.device)
 
     @property
     def shard(self) -> Shard | None:
         """Which of the rows this rank holds; None where it holds all."""
         return None if self.exchange is None else self.exchange.shard
+
+    def _choose_reads(self) -> Callable[[Table, Source], TouchedRows]:
+        """Rows are held where they are trained, and where they have to be brought with no cache to bring them to."""
+        if self.exchange is not None:
+            return partial(ShardedRows, exchange=self.exchange)
+        if self.optimizer is not None:
+            return TouchedRows
+        if all(isinstance(source.store, NgramCache) for source in self._sources):
+            return CachedReads
+        return DirectReads if all(reads_directly(source, self.device) for source in self._sources) else TouchedRows
 
     def parameters(self) -> list[nn.Parameter]:
         """One proxy a table: between ``reduce()`` and ``apply()`` it is the step's rows ``[U, dim]`` and their
@@ -204,7 +214,7 @@ class MemoryBank:
         live = [batch.live for batch in batches]
         if len(batches) == 1 and self._lanes is not None and self._lanes.take_in(batches[0]):
             rows = self._rows_of(self.config.layers)
-            fetch = LaneFetch(self._lanes, _cached(rows), batches[0], self.dtype)
+            fetch = LaneFetch(self._lanes, _all(rows, CachedReads), batches[0], self.dtype)
             return WorkingSet(self, rows, self._prefetcher.bring(fetch, rows), 1, trains)
         lookups = self._prefetcher.find(lambda: [self._lookup(batch) for batch in batches])
         if any(batch.history is not None for batch in batches):
@@ -225,10 +235,14 @@ class MemoryBank:
     ) -> WorkingSet:
         """One entry of ``live`` a micro-batch."""
         rows = self._rows_of(layers)
+        fetch: Fetch
         if self._reads is CachedReads:
-            fetch = CachedFetch(_cached(rows), lookups, live, self.dtype)
-            return WorkingSet(self, rows, self._prefetcher.bring(fetch, rows), len(live), trains)
-        return WorkingSet(self, rows, self._prefetcher.fetch(rows, lookups, live), len(live), trains)
+            fetch = CachedFetch(_all(rows, CachedReads), lookups, live, self.dtype)
+        elif self._reads is DirectReads:
+            fetch = DirectFetch(_all(rows, DirectReads), lookups, live, self.dtype)
+        else:
+            return WorkingSet(self, rows, self._prefetcher.fetch(rows, lookups, live), len(live), trains)
+        return WorkingSet(self, rows, self._prefetcher.bring(fetch, rows), len(live), trains)
 
     def _rows_of(self, layers: Sequence[int]) -> dict[int, list[TouchedRows]]:
         rows: dict[int, list[TouchedRows]] = {layer: [] for layer in layers}
@@ -318,9 +332,9 @@ class MemoryBank:
         return RowFormat(RecordLayout(planes), self.seed, self.config.init_std)
 
 
-def _cached(rows: Mapping[int, Sequence[TouchedRows]]) -> list[CachedReads]:
+def _all(rows: Mapping[int, Sequence[TouchedRows]], kind: type[Reads]) -> list[Reads]:
     """Of all layers, one after the other."""
-    return [touched for tables in rows.values() for touched in tables if isinstance(touched, CachedReads)]
+    return [touched for tables in rows.values() for touched in tables if isinstance(touched, kind)]
 
 
 def _require_rows(rows: Tensor, layer: int, there: int) -> None:

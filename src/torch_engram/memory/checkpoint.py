@@ -1,6 +1,7 @@
 """A bank on disk: its tables, and everything that says what the rows mean.
 
-- ``memory.json``: name, configuration, layouts (multipliers, primes), codec, seed, digests, and each table's manifest;
+- ``memory.json``: name, configuration, layouts (multipliers, primes), codec, seed, digests, each table's manifest, and
+  the running sums that lazy decay is paid by, where rows decay lazily;
 - ``canonical-<digests>.safetensors``: the canonical vocabulary (scheme ``engram``);
 - ``table-00/`` and so on: the parts of each table, named by their content.
 
@@ -13,101 +14,143 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from torch_engram.durable import alone_in, is_left_over, replacing, sync
 from torch_engram.memory.bank import MemoryBank
 from torch_engram.memory.file_tables import IN_PLACE, NEVER_WRITTEN
 from torch_engram.memory.placement import StoreFactory
 from torch_engram.memory.saved import FACTS, NAMES, SavedMemory, canonical_file, table_folder
-from torch_engram.memory.tables import Table
+from torch_engram.memory.saved_tables import SavedTables, saved_tables
 from torch_engram.stores import (
     DiskStore,
     FileRows,
-    Manifest,
     RecordLayout,
     Store,
     WritableStore,
-    check_table,
-    load_table,
-    make_keys,
     parts_in,
     planes_of,
-    save_table,
-    update_table,
 )
 
 
-def save_bank(bank: MemoryBank, directory: Path) -> None:
+def save_bank(bank: MemoryBank, directory: Path, since: Path | None = None) -> None:
     """Write the bank into ``directory``, streaming. Until the end, what the folder held before stays whole.
 
-    Into the folder that the bank was last saved to or loaded from go only the rows that changed since. Two processes
-    of one machine save into a folder one after the other. Raises ``OSError`` when the disk is full, and ``ValueError``
-    when the bank lacks planes, such as moments, of that folder's memory, or its rows are those of tables in files.
+    ``since``: a folder that the bank was saved to or loaded from; by default ``directory`` itself. Where it holds just
+    what the bank's changes are counted from, only they are written: what else is there stays, or is linked to. Two
+    processes of one machine save into a folder one after the other. A bank that is divided over ranks is saved by all
+    of them, into one folder that all see. Raises ``OSError`` when the disk is full, and ``ValueError`` when the bank
+    lacks planes, such as moments, of that folder's memory, or its rows are those of tables in files.
     """
     if bank.in_files:
         raise ValueError(f"Memory {bank.name!r} only reads its tables, and holds no row of its own: copy their files.")
-    directory.mkdir(parents=True, exist_ok=True)
     bank.flush()
-    with alone_in(directory, wait=True):
+    tables = saved_tables(bank)
+    with ExitStack() as held:
+        with tables.together():
+            if tables.leads:
+                directory.mkdir(parents=True, exist_ok=True)
+                held.enter_context(alone_in(directory, wait=True))
         before = _files(directory)
         try:
-            tables = list(_write_tables(bank, directory))
-            content = {**facts(bank), "tables": [manifest.to_dict() for manifest in tables]}
-            if bank.addressing.vocab is not None:
-                bank.addressing.vocab.save(directory / canonical_file(content))
-            sync(directory)
+            earlier = _earlier(bank, since or directory, directory, tables)
+            content = {**facts(bank), **_decay(bank), "tables": list(_write_tables(bank, directory, earlier, tables))}
             data = json.dumps(content, indent=1).encode()
-            with replacing(directory / FACTS) as file:
-                file.write(data)
+            with tables.together():
+                if tables.leads:
+                    _write_facts(bank, directory, content, data)
         except OSError:  # a full disk should not stay full for parts that nobody can use
-            _remove(_files(directory) - before)
+            if tables.leads:
+                _remove(_files(directory) - before)
             raise
-        sync(directory)
-        saved = SavedMemory(directory, content, tables, hashlib.sha256(data).hexdigest())
-        _remove(_files(directory) - saved.checksums().keys() - {directory / canonical_file(content)})
-        _settle(bank, directory, saved.digest)
+        with tables.together():
+            if tables.leads:
+                saved = SavedMemory.read(directory)
+                _remove(_files(directory) - saved.checksums().keys() - {directory / canonical_file(content)})
+        _settle(bank, hashlib.sha256(data).hexdigest())
 
 
-def _write_tables(bank: MemoryBank, directory: Path) -> Iterator[Manifest]:
-    earlier = _counted_from(bank, directory)
+def _write_tables(
+    bank: MemoryBank, directory: Path, earlier: SavedMemory | None, tables: SavedTables
+) -> Iterator[dict[str, Any]]:
+    """Every table's manifest, JSON-ready."""
     for number, table in enumerate(bank.tables):
         folder, source = directory / table_folder(table.space), bank.source(table)
-        layout, read = source.format.layout, _reader(bank, table)
         if earlier is not None and isinstance(source.store, WritableStore):
-            lost = earlier.tables[number].planes.keys() - planes_of(layout)
+            lost = earlier.tables[number].planes.keys() - planes_of(source.format.layout)
             if lost:
                 raise ValueError(
                     f"{directory} also holds {', '.join(sorted(lost))}, which this bank would lose: save to another "
                     "folder, or open it with the row optimiser that it was trained with."
                 )
-            yield update_table(folder, earlier.tables[number], source.store.changed(table.space), layout, read)
+            yield tables.update(folder, table, earlier.tables[number]).to_dict()
         else:
-            yield save_table(folder, table.rows, layout, read)
+            yield tables.save(folder, table).to_dict()
 
 
-def _counted_from(bank: MemoryBank, directory: Path) -> SavedMemory | None:
-    """What ``directory`` holds, where the bank's stores count their changes from just that."""
-    if not (directory / FACTS).exists() or bank.saved is None:
+def _decay(bank: MemoryBank) -> dict[str, Any]:
+    """What the rows' ``last`` counts in."""
+    optimizer = bank.optimizer
+    return {"owed_decay": optimizer.owed_decay} if optimizer is not None and optimizer.lazy_decay else {}
+
+
+def _write_facts(bank: MemoryBank, directory: Path, content: dict[str, Any], data: bytes) -> None:
+    """Say last what the memory consists of; ``data``: ``content`` as it is written."""
+    if bank.addressing.vocab is not None:
+        bank.addressing.vocab.save(directory / canonical_file(content))
+    sync(directory)
+    with replacing(directory / FACTS) as file:
+        file.write(data)
+    sync(directory)
+
+
+def _earlier(bank: MemoryBank, since: Path, directory: Path, tables: SavedTables) -> SavedMemory | None:
+    """What ``since`` holds, where the bank's stores count their changes from just that; its parts are in ``directory``
+    then, too."""
+    found = _counted_from(bank, since)
+    if not tables.all(found is not None) or found is None:
+        return None
+    if since.resolve() == directory.resolve():
+        return found
+    return found if tables.all(not tables.leads or _linked(found, directory)) else None
+
+
+def _linked(saved: SavedMemory, directory: Path) -> bool:
+    """Give the parts of ``saved``, which nobody changes, a second name in ``directory``; False where that cannot be."""
+    try:
+        for path in saved.checksums():
+            other = directory / path.relative_to(saved.folder)
+            other.parent.mkdir(exist_ok=True)
+            if not other.exists():
+                os.link(path, other)
+    except OSError:  # another file system, or one without links
+        return False
+    return True
+
+
+def _counted_from(bank: MemoryBank, folder: Path) -> SavedMemory | None:
+    """What ``folder`` holds, where the bank's stores count their changes from just that."""
+    if not (folder / FACTS).exists() or bank.saved is None:
         return None
     try:
-        saved = SavedMemory.read(directory)
+        saved = SavedMemory.read(folder)
     except ValueError:  # to be replaced
         return None
-    return saved if bank.saved == (directory.resolve(), saved.digest, _counts(bank)) else None
+    return saved if bank.saved == (saved.digest, _counts(bank)) else None
 
 
-def _settle(bank: MemoryBank, directory: Path, digest: str) -> None:
-    """The bank's rows are those of ``directory``: count changes from here on."""
+def _settle(bank: MemoryBank, digest: str) -> None:
+    """The bank's rows are those of the memory with this digest: count changes from here on."""
     for store in _stores(bank):
         store.forget_changes()
-    bank.saved = directory.resolve(), digest, _counts(bank)
+    bank.saved = digest, _counts(bank)
 
 
 def _counts(bank: MemoryBank) -> tuple[int, ...]:
@@ -146,14 +189,18 @@ def load_bank(bank: MemoryBank, directory: Path) -> None:
         raise ValueError("Steps were prefetched from this bank: apply or discard them before loading other rows.")
     if len(saved.tables) != len(bank.tables):
         raise ValueError(f"{directory / FACTS} does not name the parts of its tables: use an intact copy.")
-    for table, manifest in zip(bank.tables, saved.tables, strict=True):
-        check_table(directory / table_folder(table.space), manifest, table.rows, bank.source(table).format.layout)
+    tables = saved_tables(bank)
+    with tables.together():
+        for table, manifest in zip(bank.tables, saved.tables, strict=True):
+            tables.check(directory / table_folder(table.space), table, manifest)
+    if bank.optimizer is not None and bank.optimizer.lazy_decay:
+        bank.optimizer.load_owed_decay(saved.owed_decay)
     bank.saved = None
-    for table, manifest in zip(bank.tables, saved.tables, strict=True):
-        layout = bank.source(table).format.layout
-        load_table(directory / table_folder(table.space), manifest, layout, _writer(bank, table))
-    bank.flush()
-    _settle(bank, directory, saved.digest)
+    with tables.together():
+        for table, manifest in zip(bank.tables, saved.tables, strict=True):
+            tables.load(directory / table_folder(table.space), table, manifest)
+        bank.flush()
+    _settle(bank, saved.digest)
 
 
 def open_bank(directory: Path, **options: Any) -> MemoryBank:
@@ -205,20 +252,3 @@ def facts(bank: MemoryBank) -> dict[str, Any]:
 
 _TABLE = re.compile(r"table-\d{2,}")
 _CANONICAL = re.compile(r"canonical-[0-9a-f]{16}\.safetensors(\.[0-9a-f]{8}\.tmp)?")
-
-
-def _reader(bank: MemoryBank, table: Table) -> Callable[[Tensor], Tensor]:
-    store = bank.source(table).store
-    return lambda rows: store.fetch(make_keys(table.space, rows.to(bank.device)))
-
-
-def _writer(bank: MemoryBank, table: Table) -> Callable[[Tensor, Tensor], None]:
-    source = bank.source(table)
-    store = source.store
-    if not isinstance(store, WritableStore):
-        raise ValueError(f"{type(store).__name__} is read-only: rows cannot be loaded into it.")
-
-    def write(rows: Tensor, records: Tensor) -> None:
-        source.newest = store.write(make_keys(table.space, rows.to(bank.device)), records.to(bank.device))
-
-    return write

@@ -7,7 +7,8 @@ run beside those of the step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -19,10 +20,10 @@ from torch_engram.stores import Shard
 class Exchange:
     """The ranks of ``group`` among which a memory's rows are divided. Making one is collective, too."""
 
-    def __init__(self, group: dist.ProcessGroup):
+    def __init__(self, group: dist.ProcessGroup, device: torch.device):
         ranks = dist.get_process_group_ranks(group)
         self.shard = Shard(group.rank(), group.size())
-        self.group = group
+        self._device, self.group = device, group
         """For what the step itself does."""
         self._ahead = dist.new_group(ranks)
 
@@ -51,6 +52,38 @@ class Exchange:
         every = [torch.empty_like(own) for _ in range(self.shard.ranks)]
         dist.all_gather(every, own.contiguous(), group=self.group)
         return torch.stack(every).sum(0)
+
+    def tell(self, text: str) -> list[str]:
+        """What every rank tells."""
+        mine = torch.frombuffer(bytearray(text.encode() + b"."), dtype=torch.uint8).to(self._device)  # never empty
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(self.shard.ranks)]
+        dist.all_gather(sizes, torch.full_like(sizes[0], len(mine)), group=self.group)
+        longest = max(int(size) for size in sizes)
+        every = [mine.new_zeros(longest) for _ in sizes]
+        dist.all_gather(every, torch.cat((mine, mine.new_zeros(longest - len(mine)))), group=self.group)
+        told = zip(every, sizes, strict=True)
+        return [bytes(text[: int(size) - 1].cpu().numpy()).decode() for text, size in told]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What one rank raises within, ``OSError`` or ``ValueError``, all raise at its end: none waits for one that
+        gave up. Whoever gives up has to take part to the end in what is collective."""
+        mine: OSError | ValueError | None = None
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            mine = error
+        reasons = self.tell("" if mine is None else f"{'file' if isinstance(mine, OSError) else 'value'}:{mine}")
+        if mine is not None:
+            raise mine
+        for rank, reason in enumerate(reasons):
+            kind, _, text = reason.partition(":")
+            if kind:
+                raise (OSError if kind == "file" else ValueError)(f"Rank {rank} gave up: {text}")
+
+    def all(self, mine: bool) -> bool:
+        """Whether it is so on every rank."""
+        return all(self.tell("x" if mine else ""))
 
 
 class Route:

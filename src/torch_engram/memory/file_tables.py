@@ -19,7 +19,10 @@ from torch_engram.stores.named_tables import NamedTable, table_named, tables_in
 from torch_engram.stores.open_files import TensorFile
 from torch_engram.stores.tensor_files import tensors_in
 
-NEVER_WRITTEN = "Tables in files are only read, and never written to: leave out the optimizer."
+NEVER_WRITTEN = (
+    "Tables in files are only read, and never written to: leave out the optimizer, or open a saved memory with another "
+    "placement, such as disk_rows(folder)."
+)
 IN_PLACE = {"disk": False, "disk-direct": True}
 """Placements that read files in place, and whether past the page cache."""
 LOADED = ("host", "host-shared", "device")

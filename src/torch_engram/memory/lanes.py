@@ -14,7 +14,8 @@ from torch import Tensor
 
 from torch_engram.addressing import Addressing
 from torch_engram.kernels import use_kernels
-from torch_engram.memory.cached_reads import CachedReads, by_layer
+from torch_engram.memory.cached_reads import CachedReads
+from torch_engram.memory.plain_reads import by_layer
 from torch_engram.memory.tables import Table
 from torch_engram.memory.tokens import Tokens
 from torch_engram.stores import NgramCache

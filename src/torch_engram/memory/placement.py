@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -14,6 +16,7 @@ from torch_engram.sizes import parse_size
 from torch_engram.stores import (
     CODECS,
     DeviceStore,
+    DiskTable,
     HostStore,
     RecordLayout,
     RowFormat,
@@ -34,6 +37,19 @@ PLACEMENTS: dict[str, StoreFactory] = {
     "host": lambda layout, spaces, device: HostStore(layout, spaces, for_gpu=device.type == "cuda"),
 }
 """Of rows that a bank holds itself."""
+
+
+def disk_rows(folder: str | os.PathLike[str], staging: int | str | None = None) -> StoreFactory:
+    """A placement for training: rows and what the row optimiser keeps of them in files of ``folder``, a bank's own, on
+    a disk. Files are made anew and go with the bank; what outlasts it is what is saved.
+
+    ``staging``: bytes of host memory for blocks of the disk that were used lately, for every width of rows, a number or
+    such as ``"8GB"``; by default an eighth of what is free. Steps that are under way should find room in it, 4 KiB for
+    every distinct row, or blocks are read twice. The bank raises ``ValueError`` when another one has the folder, and
+    ``OSError`` when files cannot be made there.
+    """
+    size = None if staging is None else parse_size(staging)
+    return lambda layout, spaces, device: DiskTable(layout, spaces, Path(folder), size)
 
 
 def make_sources(
@@ -66,7 +82,8 @@ def make_sources(
             state, smaller = (" with their optimiser state", "RowwiseAdam, ") if trains else ("", "")
             raise ValueError(
                 f"The tables of memory {name!r} take {size:,.1f} GiB{state}, which {device} does not have: lower "
-                f"rows_per_head, or use {smaller}codec='bf16' or placement='host'."
+                f"rows_per_head, or use {smaller}codec='bf16' or placement='host'"
+                f"{', or disk_rows(folder)' if trains else ''}."
             ) from error
         if trains and not isinstance(store, WritableStore):
             raise ValueError(f"{type(store).__name__} is read-only: leave out the optimizer, or use another store.")
@@ -92,12 +109,12 @@ def _behind_cache(
         raise ValueError(f"{device} has no {budget / 2**30:,.1f} GiB left for a cache: give it less.") from error
 
 
-def require_known(codec: str, placement: str | StoreFactory) -> None:
-    """Raises ``ValueError`` for a codec or a placement that is none, with the nearest one."""
+def require_known(codec: str, placement: str | StoreFactory, names: Collection[str] = PLACEMENTS) -> None:
+    """Raises ``ValueError`` for a codec, or a placement that is none of ``names``, with the nearest one."""
     require_value_codec(codec)
-    known = placement in PLACEMENTS if isinstance(placement, str) else callable(placement)
+    known = placement in names if isinstance(placement, str) else callable(placement)
     if not known:
-        raise ValueError(f"There is no placement {placement!r}: {nearest(str(placement), PLACEMENTS)}")
+        raise ValueError(f"There is no placement {placement!r}: {nearest(str(placement), names)}")
 
 
 def require_trainable(codec: str) -> None:

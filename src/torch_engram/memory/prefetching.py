@@ -27,7 +27,7 @@ Prepared = Mapping[int, Future[PreparedLayer]]
 
 
 class Fetch(Protocol):
-    """What a prefetch reads of caches."""
+    """What a prefetch reads without holding rows: of caches, or out of the device's memory."""
 
     @property
     def alone(self) -> bool:
@@ -100,7 +100,7 @@ class Prefetcher:
         return prepared
 
     def bring(self, fetch: Fetch, rows: Rows) -> Prepared:
-        """As :meth:`fetch`, of ``rows`` that caches have."""
+        """As :meth:`fetch`, of ``rows`` that are not held."""
         self._process.require()
         prepared: dict[int, Future[PreparedLayer]] = {layer: Future() for layer in rows}
         self._worker.submit(self._begin, fetch, prepared, rows)

@@ -73,7 +73,7 @@ class TouchedRows:
     def values(self) -> Tensor:
         """``[U, dim]``: what positions read."""
         assert self.planes is not None, "fetch comes before the rows are read"
-        return self.planes["value"]
+        return self.planes.read
 
     def _reads(self, columns: Sequence[Tensor]) -> list[Tensor]:
         """``[B, T, c]`` of every micro-batch flattened to one entry a read, dead positions left out."""
@@ -123,7 +123,7 @@ class TouchedRows:
             from torch_engram.memory.patch_kernels import expand_changed_triton
 
             inverse, kept = self.segments[micro].inverse, self.kept[micro]
-            expand_changed_triton(self.planes["value"], inverse, kept, changed, out.view(-1, self.width))
+            expand_changed_triton(self.values, inverse, kept, changed, out.view(-1, self.width))
         elif changed.any():  # a CPU takes longer to find the places than to fill them all
             self.expand(micro, out)
 

@@ -36,6 +36,8 @@ class SavedMemory:
     tables: list[Manifest]
     digest: str
     """sha256 of the very bytes that were read."""
+    owed: Any = None
+    """What it says of lazy decay, unread."""
 
     @classmethod
     def read(cls, folder: Path) -> SavedMemory:
@@ -56,7 +58,7 @@ class SavedMemory:
             manifests = [Manifest.from_dict(table) for table in tables]
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} does not name the parts of its tables: use an intact copy.") from error
-        return cls(folder, facts, manifests, hashlib.sha256(data).hexdigest())
+        return cls(folder, facts, manifests, hashlib.sha256(data).hexdigest(), content.get("owed_decay"))
 
     @cached_property
     def config(self) -> EngramConfig:
@@ -88,6 +90,19 @@ class SavedMemory:
         if vocab is not None and vocab.digest != self.facts["canonical_digest"]:
             raise ValueError(f"{path} is not the vocabulary of this memory: use an intact copy.")
         return vocab
+
+    @property
+    def owed_decay(self) -> list[list[float]]:
+        """The running sums that rows pay lazy decay by. Raises ``ValueError`` when there are none."""
+        owed = self.owed
+        sound = isinstance(owed, list) and all(
+            isinstance(sums, list) and sums and all(type(entry) is float for entry in sums) for sums in owed
+        )
+        if not sound:
+            raise ValueError(
+                f"{self.folder / FACTS} has no running sums of the decay that its rows owe: use an intact copy."
+            )
+        return list(owed)
 
     def parts(self) -> list[tuple[Table, Manifest]]:
         """Every table with what it consists of. Raises ``ValueError`` when there are others than the memory has."""

@@ -56,7 +56,7 @@ class ShardedRows(TouchedRows):
         super().catch_up(())
         if self._read is None:
             assert self.planes is not None
-            stored = self.planes["value"].to(_WIRE[self.source.format.layout.plane("value").codec])
+            stored = self.planes.read.to(_WIRE[self.source.format.layout.plane("value").codec])
             self._read = self._route.answer(stored[self._asked.inverse])
             for micro, out in enumerate(expanded):
                 self.expand(micro, out)

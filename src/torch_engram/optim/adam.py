@@ -16,8 +16,7 @@ class RowAdam(RowOptimizer):
     """Row Adam: two fp32 moments of the row's width.
 
     With c the row's own number of updates: m ← β1·m + (1-β1)·g, v ← β2·v + (1-β2)·g²,
-    row ← (1-lr·λ)·row - lr·(m/(1-β1^c)) / (sqrt(v/(1-β2^c)) + ε), λ being ``weight_decay``: a row decays when it is
-    touched, and only then.
+    row ← row - lr·(m/(1-β1^c)) / (sqrt(v/(1-β2^c)) + ε). ``weight_decay``, ``lazy_decay``: see :class:`RowOptimizer`.
     """
 
     def __init__(
@@ -27,10 +26,11 @@ class RowAdam(RowOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        lazy_decay: bool = False,
     ):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, weight_decay, lazy_decay)
 
-    def planes(self, width: int) -> tuple[Plane, ...]:
+    def moments(self, width: int) -> tuple[Plane, ...]:
         """See :class:`RowOptimizer`."""
         return Plane("mean", width), Plane("moment", width)
 
@@ -41,22 +41,18 @@ class RowAdam(RowOptimizer):
         mean.lerp_(grad, 1 - beta1)
         moment.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         unbias1, unbias2 = (correction(beta, state["count"]) for beta in (beta1, beta2))
-        rows.mul_(kept(group)).sub_(group["lr"] * (mean / unbias1) / ((moment / unbias2).sqrt_() + group["eps"]))
+        rows.sub_(group["lr"] * (mean / unbias1) / ((moment / unbias2).sqrt_() + group["eps"]))
 
-    def update_records(self, rows: Tensor, grad: Tensor, state: DecodedRows, group: dict[str, Any]) -> bool:
+    def update_records(
+        self, rows: Tensor, grad: Tensor, state: DecodedRows, group: dict[str, Any], kept: float | Tensor
+    ) -> bool:
         """See :class:`RowOptimizer`."""
         if type(self).update is not RowAdam.update:  # a subclass with a rule of its own
             return False
         from torch_engram.optim.row_kernels import adam_triton
 
-        adam_triton(rows, grad, state, group)
+        adam_triton(rows, grad, state, group, kept)
         return True
-
-
-def kept(group: dict[str, Any]) -> float:
-    """What a row is multiplied by before its update: decoupled weight decay (arXiv 1711.05101)."""
-    share: float = 1 - float(group["lr"]) * group["weight_decay"]
-    return share
 
 
 def correction(beta: float, count: Tensor) -> Tensor:

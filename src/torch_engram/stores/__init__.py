@@ -5,10 +5,11 @@ from torch_engram.stores.codecs import CODECS, Codec, Component
 from torch_engram.stores.decoded import DecodedRows
 from torch_engram.stores.device import DeviceStore
 from torch_engram.stores.disk import DiskStore
+from torch_engram.stores.disk_table import DiskTable
 from torch_engram.stores.file_rows import FileRows
 from torch_engram.stores.host import HostStore
 from torch_engram.stores.loaded import LoadedStore
-from torch_engram.stores.manifest import Manifest, planes_of
+from torch_engram.stores.manifest import Manifest, Part, planes_of
 from torch_engram.stores.ngram_cache import Begun, Heads, NgramCache, ngram_cache
 from torch_engram.stores.parts import check_table, load_table, parts_in, save_table, update_table
 from torch_engram.stores.protocol import Store, WritableStore
@@ -25,12 +26,14 @@ __all__ = [
     "DecodedRows",
     "DeviceStore",
     "DiskStore",
+    "DiskTable",
     "FileRows",
     "Heads",
     "HostStore",
     "LoadedStore",
     "Manifest",
     "NgramCache",
+    "Part",
     "Plane",
     "RecordLayout",
     "RowFormat",

@@ -1,7 +1,7 @@
-"""Asynchronous direct reads of Linux, which keep as many under way as a disk takes, from one thread.
+"""Asynchronous direct reads and writes of Linux, which keep as many under way as a disk takes, from one thread.
 
-The system calls are made by number, for Python has none of them. Past the page cache these reads are as quick as those
-of io_uring, and containers allow them where they forbid that one.
+The system calls are made by number, for Python has none of them. Past the page cache these are as quick as those of
+io_uring, and containers allow them where they forbid that one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch_engram.stores.row_reads import Bytes, Int64s
 _NUMBERS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
 """io_setup, io_destroy, io_getevents, io_submit."""
 _UNDER_WAY = 1024
-_READ = 0
+_READ, _WRITE = 0, 1
 _REQUEST = np.dtype([
     ("data", "u8"), ("key", "u4"), ("rw_flags", "u4"), ("opcode", "u2"), ("priority", "i2"), ("descriptor", "u4"),
     ("address", "u8"), ("size", "u8"), ("start", "i8"), ("reserved", "u8"), ("flags", "u4"), ("event_descriptor", "u4"),
@@ -32,9 +32,10 @@ _EVENT = np.dtype([("data", "u8"), ("request", "u8"), ("result", "i8"), ("result
 
 
 class AioTransfer:
-    """A :data:`~torch_engram.stores.block_reads.Transfer`. Raises ``OSError`` where a system does not allow it."""
+    """A :data:`~torch_engram.stores.block_reads.Transfer` from files, or with ``writes`` to them, for one thread at a
+    time. Raises ``OSError`` where a system does not allow it."""
 
-    def __init__(self) -> None:
+    def __init__(self, writes: bool = False) -> None:
         if platform.system() != "Linux" or platform.machine() not in _NUMBERS:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
         setup, destroy, self._getevents, self._submit = _NUMBERS[platform.machine()]
@@ -46,12 +47,13 @@ class AioTransfer:
         weakref.finalize(self, _call, destroy, self._context)
         self._events = np.empty(_UNDER_WAY, _EVENT)
         self._noted = self._events.ctypes.data
+        self._opcode = _WRITE if writes else _READ
         self._make_requests(_UNDER_WAY)
 
     def _make_requests(self, many: int) -> None:
-        """Memory for ``many`` requests at once, which is kept: what is the same for all reads is written here."""
+        """Memory for ``many`` requests at once, which is kept: what is the same for all is written here."""
         self._requests = np.zeros(many, _REQUEST)
-        self._requests["data"], self._requests["opcode"] = np.arange(many), _READ
+        self._requests["data"], self._requests["opcode"] = np.arange(many), self._opcode
         self._pointers = self._requests.ctypes.data + np.arange(many) * _REQUEST.itemsize
         self._first = self._pointers.ctypes.data
 
@@ -80,7 +82,7 @@ class AioTransfer:
         return done
 
     def _finish(self, done: Int64s, at_least: int) -> int:
-        """Note the results of ``at_least`` reads, or of some when a signal comes; returns of how many."""
+        """Note the results of ``at_least`` requests, or of some when a signal comes; returns of how many."""
         many = _call(self._getevents, self._context, at_least, _UNDER_WAY, self._noted, 0)
         if many < 0 and many != -errno.EINTR:
             raise OSError(-many, os.strerror(-many))

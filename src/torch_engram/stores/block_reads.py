@@ -11,6 +11,7 @@ import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 
@@ -21,8 +22,8 @@ BLOCK = 4096
 _THREADS = 64
 
 Transfer = Callable[[Int64s, Int64s, Int64s, Bytes, Int64s], Int64s]
-"""Reads ``sizes`` bytes from ``starts`` on of descriptors to places in a buffer, all int64 ``[n]``; returns how many
-bytes each read gave, or the negative error number. Returns when no read is under way any more."""
+"""Moves ``sizes`` bytes from ``starts`` on of descriptors to places in a buffer, or the other way, all int64 ``[n]``;
+returns how many bytes each one moved, or the negative error number. Returns when nothing is under way any more."""
 
 
 class BlockReader:
@@ -30,7 +31,7 @@ class BlockReader:
     blocks get there."""
 
     def __init__(self, direct: Mapping[OpenFile, int], budget: int, transfer: Transfer):
-        self._direct, self._buffer, self._transfer = dict(direct), _aligned(budget), transfer
+        self._direct, self._buffer, self._transfer = dict(direct), aligned(budget), transfer
 
     def room(self, widths: Sequence[int]) -> int:
         """See :class:`~torch_engram.stores.row_reads.RowReader`."""
@@ -40,7 +41,7 @@ class BlockReader:
         """See :class:`~torch_engram.stores.row_reads.RowReader`."""
         most = _most_bytes(wanted.widths)
         if most > len(self._buffer):  # a single row that is larger than the buffer
-            self._buffer = _aligned(most)
+            self._buffer = aligned(most)
         number, starts, nbytes = wanted.flat()
         begin = starts & -BLOCK
         end = (starts + (nbytes + BLOCK - 1)) & -BLOCK
@@ -66,21 +67,31 @@ class BlockReader:
                 file.read_into(start + read, self._buffer[at + read : at + wanted])
 
 
-def open_direct(file: OpenFile) -> int:
+class Opened(Protocol):
+    """What holds a file open."""
+
+    @property
+    def descriptor(self) -> int:
+        """Of the file."""
+
+
+def open_direct(file: Opened, access: int = os.O_RDONLY) -> int:
     """Another descriptor, for direct reads, of the very file that is open, whatever its name is by now; closed with it.
+    ``access``: ``os.O_RDWR`` for direct writes, too.
 
     Raises ``OSError`` or ``AttributeError`` where a file system or a system has none.
     """
-    descriptor = os.open(f"/proc/self/fd/{file.descriptor}", os.O_RDONLY | os.O_DIRECT)
+    descriptor = os.open(f"/proc/self/fd/{file.descriptor}", access | os.O_DIRECT)
     weakref.finalize(file, os.close, descriptor)
     os.preadv(descriptor, [mmap.mmap(-1, BLOCK)], 0)  # some file systems open it, and read nothing
     return descriptor
 
 
 class ThreadTransfer:
-    """Reads from many threads: a :data:`Transfer` wherever direct reads are."""
+    """From many threads: a :data:`Transfer` from files, or with ``writes`` to them, wherever direct reads are."""
 
-    def __init__(self) -> None:
+    def __init__(self, writes: bool = False) -> None:
+        self._move = os.pwritev if writes else os.preadv
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="engram-disk")
 
     def __call__(self, descriptors: Int64s, starts: Int64s, sizes: Int64s, buffer: Bytes, places: Int64s) -> Int64s:
@@ -91,7 +102,7 @@ class ThreadTransfer:
             for i in range(part.start, part.stop):
                 try:
                     view = buffer[places[i] : places[i] + sizes[i]].data
-                    done[i] = os.preadv(int(descriptors[i]), [view], int(starts[i]))
+                    done[i] = self._move(int(descriptors[i]), [view], int(starts[i]))
                 except OSError as error:
                     done[i] = -(error.errno or 5)
 
@@ -104,8 +115,9 @@ def _most_bytes(widths: Sequence[int]) -> int:
     return sum((-(-(nbytes - 1) // BLOCK) + 1) * BLOCK for nbytes in widths)
 
 
-def _aligned(nbytes: int) -> Bytes:
-    return np.frombuffer(mmap.mmap(-1, -(-nbytes // BLOCK) * BLOCK), np.uint8)  # begins on a page
+def aligned(nbytes: int) -> Bytes:
+    """Zeroed bytes that begin on a page, and have none of their own before they are used."""
+    return np.frombuffer(mmap.mmap(-1, -(-nbytes // BLOCK) * BLOCK), np.uint8)
 
 
 def _pick(buffer: Bytes, at: Int64s, wanted: Wanted) -> None:

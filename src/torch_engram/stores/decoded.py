@@ -19,7 +19,8 @@ class DecodedRows(dict[str, Tensor]):
 
     ``row_keys``: int64 ``[U]``, ascending. ``records``: uint8 ``[U, nbytes]`` as a store gave them; they are the rows'
     own from here on. Where ``in_place`` is true, planes in the codecs fp32 and int32 are views of ``records``, with its
-    distance from row to row, and an optimiser may write new records in place and set ``encoded``.
+    distance from row to row, values in bf16 are decoded when they are asked for, and an optimiser may write new records
+    in place and set ``encoded``.
     """
 
     def __init__(self, row_format: RowFormat, row_keys: Tensor, records: Tensor):
@@ -32,9 +33,23 @@ class DecodedRows(dict[str, Tensor]):
             super().__init__(row_format.decode(row_keys, records))
             return
         super().__init__({plane.name: self.stored(plane.name) for plane in row_format.layout.planes})
-        if self["value"].dtype != torch.float32:
-            self["value"] = torch.empty(self["value"].shape, device=records.device)
-        self._decode_values()
+        self._forget_values()
+        if row_format.init_std:
+            from torch_engram.stores.record_kernels import initial_triton
+
+            initial_triton(row_keys, self.stored("value"), self["count"], row_format.seed, row_format.init_std)
+
+    def __missing__(self, name: str) -> Tensor:
+        """Values in fp32, which only an optimiser's step wants: until then they take no memory."""
+        if name != "value":
+            raise KeyError(name)
+        self["value"] = self.stored("value").float()
+        return self["value"]
+
+    @property
+    def read(self) -> Tensor:
+        """The values ``[U, dim]`` as whoever reads them finds them: fp32, or where they are in the records."""
+        return self.stored("value") if self.in_place else self["value"]
 
     def stored(self, name: str) -> Tensor:
         """A plane as the records hold it: a view ``[U, width]`` of them, in its codec's type. Only ``in_place``."""
@@ -50,7 +65,7 @@ class DecodedRows(dict[str, Tensor]):
             from torch_engram.stores.record_kernels import lay_over_triton
 
             lay_over_triton(self.row_keys, self.records, keys, records, changed)
-            self._decode_values(changed)
+            self._forget_values()
             return
         at = torch.searchsorted(keys, self.row_keys).clamp_(max=len(keys) - 1)
         hit = keys[at] == self.row_keys
@@ -71,20 +86,10 @@ class DecodedRows(dict[str, Tensor]):
         for tensor in (self.row_keys, *self.values()):
             tensor.record_stream(stream)
 
-    def _decode_values(self, changed: Tensor | None = None) -> None:
-        """Initial values into the records, values out of them: of all rows, or of those that ``changed`` marks."""
-        from torch_engram.stores.record_kernels import decode_triton
-
-        std = self.format.init_std if changed is None else 0.0  # a row that was written has no initial value any more
-        decode_triton(
-            self.row_keys,
-            self.stored("value"),
-            self["count"],
-            self["value"],
-            self.format.seed,
-            std,
-            changed,
-        )
+    def _forget_values(self) -> None:
+        """What is no view of the records would be older than they are."""
+        if self.stored("value").dtype != torch.float32:
+            self.pop("value", None)
 
 
 def _has_kernels(layout: RecordLayout) -> bool:

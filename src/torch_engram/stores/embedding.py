@@ -33,7 +33,8 @@ class Columns:
     def of(cls, parts: Sequence[int], device: torch.device) -> Columns:
         """Columns of entries of ``parts`` records, one after the other."""
         pairs = [(group, part) for group, many in enumerate(parts) for part in range(many)]
-        group, part = torch.tensor(pairs, dtype=torch.int64, device=device).view(-1, 2).t().contiguous()
+        # made on the host: when the copy returns they are there, for any stream
+        group, part = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).t().contiguous().to(device)
         return cls(group, part, len(parts))
 
 

@@ -1,14 +1,14 @@
 """The table in host memory, within reach of GPUs: rows cross the bus once per use, in both directions.
 
-Writes return at once; one thread carries them out in order and acknowledges them.
+Writes return at once; one thread carries them out in order and acknowledges them. Rows of a GPU that reaches the table
+are written by the GPU itself (:mod:`torch_engram.stores.host_writes`), and the thread waits for it.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,37 +16,36 @@ from torch import Tensor
 from torch_engram.stores.host_asks import HostAsk
 from torch_engram.stores.host_memory import own_memory
 from torch_engram.stores.host_reads import HostReads
+from torch_engram.stores.host_writes import HostWrites
+from torch_engram.stores.ordered_writes import OrderedWrites
 from torch_engram.stores.records import RecordLayout
 from torch_engram.stores.table import RecordTable, TableStore
-
-_MOST_PENDING = 4
-"""Writes under way; a further one waits for the oldest, so that what is held in memory stays bounded."""
 
 
 class HostStore(TableStore):
     """A writable store in host memory that serves keys from, and records to, any device.
 
-    ``for_gpu``: whether GPUs read its rows where they are; by default, whether there is one. Raises ``MemoryError``
-    when the system has no room for such a table.
+    ``for_gpu``: whether GPUs read and write its rows where they are; by default, whether there is one. Raises
+    ``MemoryError`` when the system has no room for such a table.
     """
 
     def __init__(self, layout: RecordLayout, spaces: Mapping[int, int], for_gpu: bool | None = None):
         for_gpu = torch.cuda.is_available() if for_gpu is None else for_gpu
-        memory = own_memory(sum(spaces.values()) * layout.nbytes) if for_gpu else None
-        super().__init__(RecordTable(layout, spaces, torch.device("cpu"), memory))
-        if for_gpu:
-            self.table.words.zero_()  # all threads make its pages now; a GPU's first touch would make them one by one
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engram-host-writer")
-        self._pending: deque[Future[None]] = deque()
+        rows = sum(spaces.values())
+        memory, marks = (own_memory(rows * size) if for_gpu else None for size in (layout.nbytes, 1))
+        super().__init__(RecordTable(layout, spaces, torch.device("cpu"), memory, marks))
+        for own in (memory, marks):
+            if own is not None:  # all threads make its pages now; a GPU's first touch would make them one by one
+                torch.from_numpy(own.bytes).zero_()
+        self._writes = OrderedWrites(self._begin_write, "host memory")
         self._reads: dict[torch.device, HostReads] = {}
+        self._by_gpu: dict[torch.device, HostWrites] = {}
         self._lock = threading.Lock()
-        self._epoch = 0
-        self._acknowledged = 0
 
     @property
     def acknowledged(self) -> int:
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""
-        return self._acknowledged
+        return self._writes.acknowledged
 
     def fetch(self, keys: Tensor, group: Tensor | None = None) -> Tensor:
         """See :class:`~torch_engram.stores.protocol.Store`. A row that a pending write is changing may come back
@@ -66,38 +65,17 @@ class HostStore(TableStore):
             return self._reads[device]
 
     def write(self, keys: Tensor, records: Tensor) -> int:
-        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
-        on_host, done = self._stage(keys, records)
-        self._epoch += 1
-        while len(self._pending) >= _MOST_PENDING:
-            self._pending.popleft().result()
-        self._pending.append(self._writer.submit(self._carry_out, self._epoch, *on_host, done))
-        return self._epoch
+        """See :class:`~torch_engram.stores.protocol.WritableStore`. Nobody may change the records from here on."""
+        return self._writes.write(keys, records)
 
-    def _stage(self, keys: Tensor, records: Tensor) -> tuple[tuple[Tensor, Tensor], torch.cuda.Event | None]:
-        """The write's tensors in host memory, and the event after which they are there."""
+    def _begin_write(self, keys: Tensor, records: Tensor) -> Callable[[], None]:
         if keys.device.type == "cpu":
-            return (keys, records), None
-        staged = tuple(
-            torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-            for tensor in (keys, records)
-        )
-        return (staged[0], staged[1]), torch.cuda.current_stream(keys.device).record_event()
-
-    def _carry_out(self, epoch: int, keys: Tensor, records: Tensor, ready: torch.cuda.Event | None) -> None:
-        if epoch != self._acknowledged + 1:
-            raise RuntimeError(f"write {epoch} is left out, because write {self._acknowledged + 1} failed")
-        if ready is not None:
-            ready.synchronize()
-        self.table.scatter(keys, records)
-        self._acknowledged = epoch
+            return partial(self.table.scatter, keys, records)
+        if keys.device not in self._by_gpu:
+            self._by_gpu[keys.device] = HostWrites(self._reads_of(keys.device))
+        return self._by_gpu[keys.device].begin(keys, records)
 
     def flush(self) -> None:
         """See :class:`~torch_engram.stores.protocol.WritableStore`. Raises what a failed write raised, and from then on
         ``RuntimeError``: the rows are no longer those that were written."""
-        while self._pending:
-            self._pending.popleft().result()
-        if self._acknowledged != self._epoch:
-            raise RuntimeError(
-                f"write {self._acknowledged + 1} to host memory failed, and those after it were left out"
-            )
+        self._writes.flush()

@@ -49,8 +49,11 @@ class HostReads:
         """Of every space, 0 for one that is not there."""
         self.beside = torch.cuda.Stream(device) if device.type == "cuda" else None
         """For the GPU's own reads."""
-        self.words = _reachable(table, device)
+        self.words: Tensor | None
         """The table int64 ``[rows, nbytes / 8]`` as the GPU reaches it; None where it does not."""
+        self.marks: Tensor | None
+        """Its marks of written rows uint8 ``[rows]``, where it has any that the GPU reaches."""
+        self.words, self.marks = _reachable(table, device) or (None, None)
         self.records = table.records if self.words is None else self.words.view(torch.uint8)
         """The table as the CPU gathers from it: where it is pinned, since that may have moved pages, and another map of
         them looks each up anew."""
@@ -149,8 +152,8 @@ def _whole_seconds(ask: HostAsk, keys: Tensor) -> float:
     return time.perf_counter() - begun
 
 
-def _reachable(table: RecordTable, device: torch.device) -> Tensor | None:
-    """The table's words as kernels reach them."""
+def _reachable(table: RecordTable, device: torch.device) -> tuple[Tensor, Tensor | None] | None:
+    """The table's words and marks as kernels reach them."""
     try:
         return table.reach(device)
     except (RuntimeError, MemoryError) as error:

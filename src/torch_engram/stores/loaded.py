@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from torch_engram.stores.codecs import CODECS
+from torch_engram.stores.embedding import Columns, embed
 from torch_engram.stores.file_rows import FileRows
 from torch_engram.stores.records import RecordLayout
 from torch_engram.stores.table import RecordTable
@@ -31,10 +32,32 @@ class LoadedStore:
             records = self.table.records[self.table.span(space)]
             for first in range(0, table.rows, _CHUNK_ROWS):
                 load_rows(table, first, records[first : first + _CHUNK_ROWS], layout)
+        self._plans: dict[tuple[tuple[int, ...], tuple[int, ...], int], tuple[Tensor, Columns]] = {}
 
     def fetch(self, keys: Tensor, group: Tensor | None = None) -> Tensor:
         """See :class:`~torch_engram.stores.protocol.Store`."""
         return self.table.gather(keys)
+
+    def read(self, spaces: Sequence[int], first_rows: Sequence[int], rows: Tensor, out: Tensor) -> Tensor:
+        """The values that ``n`` positions read from ``S`` spaces, in ``out`` ``[S, n, C·dim]``; returns ``out``.
+
+        ``rows``: int64 ``[S, n, C]``, all of them there, as addressing numbers them; ``first_rows``: of every space the
+        number of its row 0. ``out`` has any floating type and any distance between positions. A call may be captured
+        in a graph when there was one like it before.
+        """
+        offsets, columns = self._plan(tuple(spaces), tuple(first_rows), rows.shape[-1])
+        where = (rows + offsets).flatten()
+        return embed(self.layout, self.table.records, self.table.records[:0], where, columns, out)
+
+    def _plan(self, spaces: tuple[int, ...], first_rows: tuple[int, ...], columns: int) -> tuple[Tensor, Columns]:
+        """Constants of a read, on the device: what makes places in the table of row ids, and where they are read to."""
+        key = spaces, first_rows, columns
+        if key not in self._plans:
+            device = self.table.device
+            begins = [self.table.span(space).start - first for space, first in zip(spaces, first_rows, strict=True)]
+            offsets = torch.tensor(begins, device=device)[:, None, None]
+            self._plans[key] = offsets, Columns.of((1,) * columns, device)
+        return self._plans[key]
 
 
 def load_rows(table: FileRows, first: int, records: Tensor, layout: RecordLayout) -> None:

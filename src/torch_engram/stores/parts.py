@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +24,10 @@ from torch_engram.stores.records import RecordLayout
 from torch_engram.stores.tensor_files import TensorWriter, file_size
 
 ROWS_PER_PART = 1 << 22  # a multiple of 4096, so that every component of a full part is aligned
-_CHUNK_ROWS = 1 << 16
+CHUNK_ROWS = 1 << 16
+"""Rows that are in memory at a time."""
 ROW_TENSOR = "row"
-_PART = re.compile(r"(rows-\d{12,}-\d{12,}|changes)-[0-9a-f]{16}\.safetensors|unnamed(\.[0-9a-f]{8}\.tmp)?")
+_PART = re.compile(r"(rows-\d{12,}-\d{12,}|changes)-[0-9a-f]{16}\.safetensors|unnamed-[0-9a-f]{8}(\.[0-9a-f]{8}\.tmp)?")
 
 Read = Callable[[Tensor], Tensor]
 """Row ids int64 ``[n]`` to their records uint8 ``[n, nbytes]``."""
@@ -42,7 +44,7 @@ def save_table(
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = [
-        _write_part(folder, first, torch.arange(first, min(first + rows_per_part, rows)), layout, read)
+        write_rows(folder, first, min(first + rows_per_part, rows), layout, read)
         for first in range(0, rows, rows_per_part)
     ]
     sync(folder)
@@ -55,22 +57,30 @@ def update_table(folder: Path, earlier: Manifest, changed: Tensor, layout: Recor
     A table whose changes would come to more than half of its rows is written anew. Raises ``OSError`` when the disk is
     full.
     """
-    listed = sum(part.rows for part in earlier.changes) + len(changed)
-    intact = all(
-        _size_on_disk(folder / part.file) == file_size(_tensors(part.rows, layout, part.first is None))
-        for part in earlier.parts
-    )
-    if not intact or earlier.planes != planes_of(layout) or listed > earlier.rows // 2:
+    if not takes_changes(folder, earlier, len(changed), layout):
         return save_table(folder, earlier.rows, layout, read)
-    parts = [_write_part(folder, None, rows, layout, read) for rows in changed.split(ROWS_PER_PART) if len(rows)]
+    parts = write_changes(folder, changed, layout, read)
     sync(folder)
     return replace(earlier, parts=(*earlier.parts, *parts))
 
 
-def check_table(folder: Path, manifest: Manifest, rows: int, layout: RecordLayout) -> None:
+def takes_changes(folder: Path, earlier: Manifest, changed: int, layout: RecordLayout) -> bool:
+    """Whether so many changed rows are best added to the saved table ``earlier``, which has all its parts there."""
+    intact = all(
+        _size_on_disk(folder / part.file) == file_size(_tensors(part.rows, layout, part.first is None))
+        for part in earlier.parts
+    )
+    listed = sum(part.rows for part in earlier.changes) + changed
+    return intact and earlier.planes == planes_of(layout) and listed <= earlier.rows // 2
+
+
+def check_table(
+    folder: Path, manifest: Manifest, rows: int, layout: RecordLayout, parts: Sequence[Part] | None = None
+) -> None:
     """Read a table of ``rows`` rows through without keeping anything; ``layout``'s planes must be among its own.
 
-    Raises ``ValueError`` naming the file that is missing, truncated or damaged, or what else does not fit.
+    ``parts``: those of the table that are read, all by default. Raises ``ValueError`` naming the file that is missing,
+    truncated or damaged, or what else does not fit.
     """
     if manifest.rows != rows:
         raise ValueError(
@@ -82,7 +92,7 @@ def check_table(folder: Path, manifest: Manifest, rows: int, layout: RecordLayou
                 f"{folder} has other planes than this table: load it with its own row optimiser and codec "
                 f"({name} is {manifest.planes.get(name, 'absent')}, not {kind})."
             )
-    for part in manifest.parts:
+    for part in manifest.parts if parts is None else parts:
         _check_sum(folder / part.file, part.sha256)
 
 
@@ -99,15 +109,25 @@ def parts_in(folder: Path) -> set[Path]:
     return {path for path in folder.iterdir() if _PART.fullmatch(path.name) and path.is_file()}
 
 
+def write_rows(folder: Path, first: int, last: int, layout: RecordLayout, read: Read) -> Part:
+    """Write consecutive rows; ``read`` is called once for every :data:`CHUNK_ROWS` of them."""
+    return _write_part(folder, first, torch.arange(first, last), layout, read)
+
+
+def write_changes(folder: Path, changed: Tensor, layout: RecordLayout, read: Read) -> list[Part]:
+    """Write rows int64 ascending that list themselves."""
+    return [_write_part(folder, None, rows, layout, read) for rows in changed.split(ROWS_PER_PART) if len(rows)]
+
+
 def _write_part(folder: Path, first: int | None, rows: Tensor, layout: RecordLayout, read: Read) -> Part:
     """Write one safetensors file in one pass over the rows; its checksum is of what the disk then holds."""
-    unnamed = folder / "unnamed"
+    unnamed = folder / f"unnamed-{secrets.token_hex(4)}"  # others may write parts beside this one
     with replacing(unnamed) as file:
         writer = TensorWriter(file, _tensors(len(rows), layout, lists_rows=first is None))
         if first is None:
             writer.put(ROW_TENSOR, 0, rows)
-        for start in range(0, len(rows), _CHUNK_ROWS):
-            records = read(rows[start : start + _CHUNK_ROWS]).cpu()
+        for start in range(0, len(rows), CHUNK_ROWS):
+            records = read(rows[start : start + CHUNK_ROWS]).cpu()
             for field in layout.fields:
                 writer.put(tensor_name(field), start, records[:, field.start : field.stop])
     digest = file_digest(unnamed)
@@ -146,8 +166,8 @@ def _read_part(path: Path, part: Part, layout: RecordLayout, write: Write) -> No
     with safe_open(path, framework="pt") as file:
         slices = {field: file.get_slice(tensor_name(field)) for field in layout.fields}
         listed = file.get_tensor(ROW_TENSOR) if part.first is None else None
-        for start in range(0, part.rows, _CHUNK_ROWS):
-            stop = min(start + _CHUNK_ROWS, part.rows)
+        for start in range(0, part.rows, CHUNK_ROWS):
+            stop = min(start + CHUNK_ROWS, part.rows)
             records = layout.empty(stop - start)
             for field, rows in slices.items():
                 layout.view(records, field).copy_(rows[start:stop])

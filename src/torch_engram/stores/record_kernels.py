@@ -26,24 +26,17 @@ def tile(dim: int) -> dict[str, int]:
     return {"ROWS": max(1, _TILE // padded), "DIM": padded}
 
 
-def decode_triton(
-    keys: Tensor, stored: Tensor, counts: Tensor, values: Tensor, seed: int, std: float, changed: Tensor | None = None
-) -> None:
-    """Give rows that were never written their initial value, and decode bf16.
+def initial_triton(keys: Tensor, stored: Tensor, counts: Tensor, seed: int, std: float) -> None:
+    """Give rows that were never written their initial value.
 
-    ``stored`` ``[U, dim]`` (fp32 or bf16) and ``counts`` int32 ``[U, 1]`` are views of records; ``values``: fp32
-    ``[U, dim]``, contiguous where ``stored`` is bf16, else ``stored`` itself. Only rows that ``changed`` bool ``[U]``
-    marks, where it is given.
+    ``stored`` ``[U, dim]``, fp32 or bf16, and ``counts`` int32 ``[U, 1]`` are views of records.
     """
-    widens = values.dtype != stored.dtype
-    if not len(keys) or not (std or widens):
+    if not len(keys):
         return
     sizes = tile(stored.shape[1])
-    _decode[(triton.cdiv(len(keys), sizes["ROWS"]),)](
-        keys, stored, counts, values, counts if changed is None else changed.view(torch.uint8),
-        len(keys), stored.shape[1], stored.stride(0), counts.stride(0), values.stride(0),
-        seed_term(seed), initial_scale(std),
-        INITIAL=bool(std), WIDENS=widens, SOME=changed is not None, **sizes,
+    _initial[(triton.cdiv(len(keys), sizes["ROWS"]),)](
+        keys, stored, counts, len(keys), stored.shape[1], stored.stride(0), counts.stride(0),
+        seed_term(seed), initial_scale(std), ROUNDS=stored.dtype == torch.bfloat16, **sizes,
     )  # fmt: skip
 
 
@@ -81,34 +74,19 @@ def store_value(
 
 
 @triton.jit
-def _decode(
-    keys, stored, counts, values, changed,
-    rows, dim, stored_stride, count_stride, value_stride, seed_term, scale,
-    INITIAL: tl.constexpr, WIDENS: tl.constexpr, SOME: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+def _initial(
+    keys, stored, counts, rows, dim, stored_stride, count_stride, seed_term, scale,
+    ROUNDS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, DIM).to(tl.int64)
-    wanted = row < rows
-    if SOME:
-        wanted = wanted & (tl.load(changed + row, mask=wanted, other=0) != 0)
-    inside = wanted[:, None] & (column < dim)[None]
-    place = row[:, None] * stored_stride + column[None]
-    out = row[:, None] * value_stride + column[None]
-    fresh = row < 0
-    if INITIAL:
-        fresh = wanted & (tl.load(counts + row * count_stride, mask=wanted, other=1) == 0)
-    if WIDENS:
-        written = inside & (fresh == 0)[:, None]
-        tl.store(values + out, tl.load(stored + place, mask=written, other=0.0).to(tl.float32), mask=written)
-    if INITIAL:
-        number_fresh = tl.sum(fresh.to(tl.int32), axis=0)
-        if number_fresh > 0:  # seldom: drawing costs more than decoding
-            number = initial_row(tl.load(keys + row, mask=fresh, other=0), column, seed_term, scale)
-            inside = inside & fresh[:, None]
-            if WIDENS:
-                number = round_to_bf16(number)
-                tl.store(values + out, number, mask=inside)
-            tl.store(stored + place, number.to(stored.dtype.element_ty), mask=inside)
+    fresh = (row < rows) & (tl.load(counts + row * count_stride, mask=row < rows, other=1) == 0)
+    if tl.sum(fresh.to(tl.int32), axis=0) > 0:  # seldom
+        column = tl.arange(0, DIM).to(tl.int64)
+        number = initial_row(tl.load(keys + row, mask=fresh, other=0), column, seed_term, scale)
+        if ROUNDS:
+            number = round_to_bf16(number)
+        inside = fresh[:, None] & (column < dim)[None]
+        tl.store(stored + row[:, None] * stored_stride + column[None], number.to(stored.dtype.element_ty), mask=inside)
 
 
 @triton.jit

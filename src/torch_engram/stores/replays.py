@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_engram.stores.embedding import Columns, embed
+from torch_engram.stores.embedding import embed
 from torch_engram.stores.loaded import LoadedStore
 from torch_engram.stores.ngram_cache import NgramCache
 
@@ -146,15 +146,10 @@ class LoadedReplay:
     def __init__(
         self, store: LoadedStore, spaces: Sequence[int], first_rows: Sequence[int], addressed: Addressed, out: Tensor
     ):
-        begins = [store.table.span(space).start - first for space, first in zip(spaces, first_rows, strict=True)]
-        offsets = torch.tensor(begins, device=store.table.device)[:, None, None]
-        _, rows = addressed()
-        columns = Columns.of((1,) * rows.shape[-1], store.table.device)
 
         def launches() -> None:
             _, rows = addressed()
-            where = (rows + offsets).flatten()
-            embed(store.layout, store.table.records, store.table.records[:0], where, columns, out)
+            store.read(spaces, first_rows, rows, out)
 
         launches()  # compiles the kernels
         torch.cuda.current_stream(store.table.device).synchronize()

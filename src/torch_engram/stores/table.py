@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import accumulate
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from torch_engram.kernels import use_kernels
 from torch_engram.stores.gather import gather_rows
 from torch_engram.stores.host_memory import HostMemory
-from torch_engram.stores.records import ROW_MASK, SPACE_SHIFT, RecordLayout
+from torch_engram.stores.records import RecordLayout
 from torch_engram.stores.recycled import recycled
+from torch_engram.stores.row_index import IndexedStore, RowIndex, zeros
 
 
-class RecordTable:
+class RecordTable(RowIndex):
     """Records of every row of ``spaces`` (space → rows), zeroed, in one allocation on ``device``.
 
     A CPU's is mapped at first touch, so a table of any size costs nothing until it is used. ``memory``: host memory
-    that the records are in instead, as they are.
+    that the records are in instead, as they are; ``marks``: such memory of a zero byte a row, where GPUs that write
+    mark what they wrote.
     """
 
     def __init__(
@@ -29,60 +29,25 @@ class RecordTable:
         spaces: Mapping[int, int],
         device: torch.device,
         memory: HostMemory | None = None,
+        marks: HostMemory | None = None,
     ):
-        self.layout, self.spaces, self.device = layout, dict(spaces), device
+        super().__init__(layout, spaces, device)
         shape = (sum(spaces.values()), layout.nbytes)
-        self.memory = memory
-        self.records = _zeros(shape, device) if memory is None else torch.from_numpy(memory.bytes).view(shape)
+        self.memory, self.marks = memory, marks
+        self.records = zeros(shape, device) if memory is None else torch.from_numpy(memory.bytes).view(shape)
         self.words = self.records.view(torch.int64)
         """The same, for rows move as 8-byte words: int64 ``[rows, nbytes / 8]``."""
-        bases = torch.zeros(max(spaces) + 1, dtype=torch.int64)
-        for space, base in zip(spaces, accumulate(spaces.values(), initial=0), strict=False):
-            bases[space] = base
-        self.bases = bases.to(device)
-        """Where the rows of every space begin, int64 by its number."""
-        self._changed = _zeros((len(self.records),), device)
-        self.counts_from = 0
+        if marks is not None:
+            self._changed = torch.from_numpy(marks.bytes)
 
-    def reach(self, device: torch.device) -> Tensor | None:
-        """:attr:`words` of a table on the host as kernels of a GPU reach them; None where nothing was done for that.
-        Raises what :meth:`HostMemory.reach <torch_engram.stores.host_memory.HostMemory.reach>` does."""
+    def reach(self, device: torch.device) -> tuple[Tensor, Tensor | None] | None:
+        """Of a table on the host, :attr:`words` and the marks uint8 ``[rows]``, if it has any, as kernels of a GPU
+        reach them; None where nothing was done for that. Raises what
+        :meth:`HostMemory.reach <torch_engram.stores.host_memory.HostMemory.reach>` does."""
         if self.memory is None:
             return None
-        return torch.from_numpy(self.memory.reach(device)).view(torch.int64).view(self.words.shape)
-
-    def index(self, keys: Tensor) -> Tensor:
-        """Position of every key in the array, int64."""
-        return self.bases[keys >> SPACE_SHIFT] + (keys & ROW_MASK)
-
-    def span(self, space: int) -> slice:
-        """Where the rows of one space lie in the array."""
-        start = int(self.bases[space])
-        return slice(start, start + self.spaces[space])
-
-    def checked_index(self, keys: Tensor) -> Tensor:
-        """:meth:`index` of keys on the CPU. Raises ``ValueError`` naming a row or a space that is not there."""
-        if not len(keys):
-            return keys
-        asked = keys.numpy()  # torch's threads would wait for each other, which takes longer than the work
-        lowest, highest = int(asked.min()), int(asked.max())
-        space = lowest >> SPACE_SHIFT
-        if highest >> SPACE_SHIFT == space:  # the keys of one space differ from its rows by a constant
-            self._require(space, highest & ROW_MASK)
-            return torch.from_numpy(asked + (self.span(space).start - (space << SPACE_SHIFT)))
-        spaces, rows = asked >> SPACE_SHIFT, asked & ROW_MASK
-        for space in np.unique(spaces).tolist():
-            self._require(space, int(rows[spaces == space].max()))
-        return self.index(keys)
-
-    def _require(self, space: int, row: int) -> None:
-        if space not in self.spaces:
-            raise ValueError(f"There is no table with number {space} here: ask for {', '.join(map(str, self.spaces))}.")
-        if row >= self.spaces[space]:
-            raise ValueError(
-                f"Row {row:,} is not in table {space}, which has {self.spaces[space]:,} rows: check that the "
-                "configuration is the table's."
-            )
+        words = torch.from_numpy(self.memory.reach(device)).view(torch.int64).view(self.words.shape)
+        return words, None if self.marks is None else torch.from_numpy(self.marks.reach(device))
 
     def gather(self, keys: Tensor) -> Tensor:
         """Records uint8 ``[U, nbytes]`` of keys ``[U]``, both on the table's device. On a CPU, raises ``ValueError``
@@ -107,41 +72,18 @@ class RecordTable:
         self._changed.index_fill_(0, index, 1)
         self.words.index_copy_(0, index, records.view(torch.int64))
 
-    def changed(self, space: int) -> Tensor:
-        """Rows of one space, ascending, whose records were replaced since :meth:`forget_changes`."""
-        return self._changed[self.span(space)].nonzero().squeeze(1).cpu()
-
     def forget_changes(self) -> int:
-        """Count changes from here on; returns the new :attr:`counts_from`."""
+        """See :meth:`RowIndex.forget_changes`."""
+        if self.marks is None:
+            return super().forget_changes()
+        self._changed.zero_()  # GPUs go on to mark there
         self.counts_from += 1
-        self._changed = _zeros(self._changed.shape, self.device)
         return self.counts_from
 
 
-class TableStore:
-    """The part of a writable store that follows from its table."""
-
-    grouped = False
+class TableStore(IndexedStore):
+    """A writable store of the records of one table."""
 
     def __init__(self, table: RecordTable):
-        self.table, self.layout, self.spaces = table, table.layout, table.spaces
-
-    @property
-    def counts_from(self) -> int:
-        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
-        return self.table.counts_from
-
-    def changed(self, space: int) -> Tensor:
-        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
-        return self.table.changed(space)
-
-    def forget_changes(self) -> int:
-        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
-        return self.table.forget_changes()
-
-
-def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Zeroed bytes."""
-    if device.type == "cpu" and all(shape):  # torch.zeros would touch every page, but NumPy's strides of nothing are 0
-        return torch.from_numpy(np.zeros(shape, np.uint8))
-    return torch.zeros(shape, dtype=torch.uint8, device=device)
+        super().__init__(table)
+        self.table = table

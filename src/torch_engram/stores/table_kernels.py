@@ -31,18 +31,26 @@ def gather_triton(table: Tensor, bases: Tensor, keys: Tensor) -> Tensor:
     return records
 
 
-def scatter_triton(table: Tensor, bases: Tensor, keys: Tensor, records: Tensor, changed: Tensor) -> None:
-    """Replace the words of distinct keys by ``records`` int64 ``[U, w]``, and mark their rows in ``changed`` uint8."""
+def scatter_triton(
+    table: Tensor, bases: Tensor, keys: Tensor, records: Tensor, changed: Tensor, programs: int | None = None
+) -> None:
+    """Replace the words of distinct keys by ``records`` int64 ``[U, w]``, and mark their rows in ``changed`` uint8.
+
+    ``table`` and ``changed`` may also be host memory that the GPU reaches; ``programs``, by default as many as there is
+    work for, are then few.
+    """
     if len(keys):
-        _scatter[(triton.cdiv(records.numel(), _WORDS),)](
-            table, bases, keys, records, changed, records.numel(), WIDTH=table.shape[1], WORDS=_WORDS
+        most = triton.cdiv(records.numel(), _WORDS)
+        programs = most if programs is None else min(programs, most)
+        _scatter[(programs,)](
+            table, bases, keys, records, changed, records.numel(), programs, WIDTH=table.shape[1], WORDS=_WORDS
         )
 
 
 @triton.jit
-def _place(bases, keys, words, WIDTH: tl.constexpr, WORDS: tl.constexpr):
+def _place(bases, keys, begin, words, WIDTH: tl.constexpr, WORDS: tl.constexpr):
     """Some words' numbers among the wanted ones, which are there, their rows in the table and places in the row."""
-    number = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
+    number = begin + tl.arange(0, WORDS)
     here = number < words
     key = tl.load(keys + number // WIDTH, mask=here, other=0)
     row = tl.load(bases + (key >> _SHIFT), mask=here, other=0) + (key & _MASK)
@@ -51,12 +59,14 @@ def _place(bases, keys, words, WIDTH: tl.constexpr, WORDS: tl.constexpr):
 
 @triton.jit
 def _gather(table, bases, keys, records, words, WIDTH: tl.constexpr, WORDS: tl.constexpr):
-    number, here, row, word = _place(bases, keys, words, WIDTH, WORDS)
+    begin = tl.program_id(0).to(tl.int64) * WORDS
+    number, here, row, word = _place(bases, keys, begin, words, WIDTH, WORDS)
     tl.store(records + number, tl.load(table + row * WIDTH + word, mask=here), mask=here)
 
 
-@triton.jit
-def _scatter(table, bases, keys, records, changed, words, WIDTH: tl.constexpr, WORDS: tl.constexpr):
-    number, here, row, word = _place(bases, keys, words, WIDTH, WORDS)
-    tl.store(table + row * WIDTH + word, tl.load(records + number, mask=here), mask=here)
-    tl.store(changed + row, tl.full([WORDS], 1, tl.uint8), mask=here & (word == 0))
+@triton.jit(do_not_specialize=("programs",))
+def _scatter(table, bases, keys, records, changed, words, programs, WIDTH: tl.constexpr, WORDS: tl.constexpr):
+    for begin in range(tl.program_id(0).to(tl.int64) * WORDS, words, programs * WORDS):
+        number, here, row, word = _place(bases, keys, begin, words, WIDTH, WORDS)
+        tl.store(table + row * WIDTH + word, tl.load(records + number, mask=here), mask=here)
+        tl.store(changed + row, tl.full([WORDS], 1, tl.uint8), mask=here & (word == 0))

@@ -21,13 +21,14 @@ from torch_engram.data import PackedBatches, TokenFiles, load_tokenizer, open_co
 from torch_engram.data.corpora import Corpus
 from torch_engram.durable import replacing
 from torch_engram.fusion import require_fp8
-from torch_engram.memory import MemoryBank
+from torch_engram.memory import MemoryBank, disk_rows
+from torch_engram.memory.placement import StoreFactory
 from torch_engram.models import Decoder, DecoderConfig
 from torch_engram.optim import ROW_OPTIMIZERS
 from torch_engram.train.muon import Muon
 from torch_engram.train.network_pass import CapturedPass, NetworkPass
 from torch_engram.train.ranks import ALONE, Ranks
-from torch_engram.train.recipe import DEVICES, Recipe
+from torch_engram.train.recipe import DEVICES, ON_DISK, Recipe
 
 _MATRICES = ("qkv", "out", "gate_up", "down", "wkv")
 """Weights that map one hidden space to another, alone or as a stack of experts: what Muon is for."""
@@ -140,14 +141,29 @@ def build_decoder(recipe: Recipe, model: DecoderConfig) -> Decoder:
 def build_banks(
     recipe: Recipe, model: DecoderConfig, vocab: CanonicalVocab, ranks: Ranks = ALONE
 ) -> dict[str, MemoryBank]:
-    """One trainable bank a memory of the model, by name; its rows are divided over the ranks."""
-    table = recipe.table
+    """One trainable bank a memory of the model, by name; its rows are divided over the ranks. Those on disk are in
+    ``out/name/rows-<memory>``, with several ranks each in ``rows-<memory>-<rank>``.
+
+    Raises ``ValueError`` when another process trains there, ``OSError`` when nothing can be written there.
+    """
+    table, mine = recipe.table, f"-{ranks.rank}" if ranks.size > 1 else ""
+
+    def placement(name: str) -> str | StoreFactory:
+        if table.placement != ON_DISK:
+            return table.placement
+        return disk_rows(Path(recipe.out) / recipe.name / f"rows-{name}{mine}", table.staging)
+
     return {
         name: MemoryBank(
             engram,
             vocab,
-            optimizer=partial(ROW_OPTIMIZERS[table.optimizer], lr=table.lr, weight_decay=table.weight_decay),
-            placement=table.placement,
+            optimizer=partial(
+                ROW_OPTIMIZERS[table.optimizer],
+                lr=table.lr,
+                weight_decay=table.weight_decay,
+                lazy_decay=table.lazy_decay,
+            ),
+            placement=placement(name),
             cache=table.cache,
             codec=table.codec,
             device=ranks.device(recipe.device),

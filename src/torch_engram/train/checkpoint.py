@@ -6,7 +6,8 @@
 - ``tokenizer.json``.
 
 A checkpoint is written under a hidden name, synced and renamed; earlier ones are removed only after that, and under a
-hidden name too. What a killed run left under hidden names goes with the next save.
+hidden name too. What a killed run left under hidden names goes with the next save. Of tables only the rows that
+changed since the checkpoint before are written; it shares its other files, which outlive it.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def save_checkpoint(
     partial = _hidden(final)
     try:
         ranks.lead(lambda: _begin(folder, partial))
-        _write(partial, step, decoder, banks, optimizers, tokenizer, facts, ranks)
+        since = ranks.agree(latest_checkpoint(folder))
+        _write(partial, step, decoder, banks, optimizers, tokenizer, facts, since, ranks)
         ranks.lead(lambda: _finish(folder, partial, final, keep))
     except (OSError, SafetensorError) as error:
         earlier = latest_checkpoint(folder)
@@ -111,12 +113,14 @@ def _write(
     optimizers: Sequence[torch.optim.Optimizer],
     tokenizer: Tokenizer,
     facts: Mapping[str, Any],
+    since: Path | None,
     ranks: Ranks,
 ) -> None:
+    """``since``: an earlier checkpoint, whose rows need not be written again where they are the same."""
     _save_whole(_weights(decoder), partial / "model.safetensors", ranks)
     _save_whole(_optimizer_tensors(optimizers), partial / "optimizer.safetensors", ranks)
     for name, bank in banks.items():
-        save_bank(bank, partial / f"memory-{name}")
+        save_bank(bank, partial / f"memory-{name}", since and since / f"memory-{name}")
 
     def vouch() -> None:
         (partial / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_engram.config import checked_fields, nearest, need
-from torch_engram.memory.placement import require_known
+from torch_engram.memory.placement import PLACEMENTS, require_known
 from torch_engram.models import DecoderConfig
 from torch_engram.optim import ROW_OPTIMIZERS
 from torch_engram.sizes import parse_size
@@ -18,6 +18,8 @@ from torch_engram.train.schedule import SCHEDULES
 
 DEVICES = ("cpu", "cuda")
 DTYPES = ("fp32", "bf16")
+ON_DISK = "disk"
+"""The placement of rows that are trained in a folder of the run."""
 TRACKERS = ("none", "trackio", "tensorboard")
 
 
@@ -48,16 +50,22 @@ class TableRecipe:
     """How tables are kept and trained, at their own learning rate and without weight decay unless it is set."""
 
     optimizer: str = "adam"
-    """``adam`` (two moments a number) or ``rowwise_adam`` (one number a row)."""
+    """``adam`` (two moments a number), ``rowwise_adam`` (one number a row), ``adagrad`` (one sum a number) or
+    ``sinkhorn`` (one momentum a number, balanced over the step's rows)."""
     lr: float = 1e-2
     """Peak learning rate."""
     weight_decay: float = 0.0
     """Decoupled, at the steps that touch a row."""
+    lazy_decay: bool = False
+    """Whether a row, when it is touched, also decays for the steps that it missed, each at that step's rate."""
     placement: str = "device"
-    """Where rows live: ``device`` or ``host``."""
+    """Where rows live: ``device``, ``host``, or ``disk``, in files of the run's folder that go at its end."""
     cache: str | None = None
-    """Bytes of the device for rows of the host that were read lately, such as ``8GB``; the trajectory does not depend
-    on it."""
+    """Bytes of the device for rows of the host or the disk that were read lately, such as ``8GB``; the trajectory does
+    not depend on it."""
+    staging: str | None = None
+    """Bytes of host memory for blocks of a table on disk that were used lately, such as ``16GB``, by default an eighth
+    of what is free; the trajectory does not depend on it."""
     codec: str = "fp32"
     """How values are stored: ``fp32`` or ``bf16``."""
     prefetch: int = 0
@@ -67,10 +75,21 @@ class TableRecipe:
         need(self, self.optimizer in ROW_OPTIMIZERS, "optimizer", nearest(self.optimizer, ROW_OPTIMIZERS))
         for name in ("lr", "weight_decay", "prefetch"):
             need(self, getattr(self, name) >= 0, name, "it must not be negative.")
-        require_known(self.codec, self.placement)
+        need(self, self.weight_decay > 0 or not self.lazy_decay, "lazy_decay", "set a weight_decay for it to collect.")
+        taken = self.lr * self.weight_decay
+        need(self, taken < 1 or not self.lazy_decay, "lazy_decay", "lr * weight_decay must be below 1 for it.")
+        require_known(self.codec, self.placement, (*PLACEMENTS, ON_DISK))
         if self.cache is not None:
             parse_size(self.cache)
-            need(self, self.placement != "device", "cache", "it is for rows on the host: set table.placement=host.")
+            need(
+                self,
+                self.placement != "device",
+                "cache",
+                "it is for rows elsewhere: set table.placement=host, or disk.",
+            )
+        if self.staging is not None:
+            parse_size(self.staging)
+            need(self, self.placement == ON_DISK, "staging", "it is for rows on disk: set table.placement=disk.")
         need(self, CODECS[self.codec].trains, "codec", "it rounds small updates away: train in fp32 or bf16.")
 
 
@@ -195,7 +214,7 @@ _FREE_TO_CHANGE = {
     "name", "data", "text_field", "tokenizer", "out", "cache", "steps", "model", "device",
     "compile", "recompute", "capture", "deterministic",
     "log_every", "eval_every", "eval_batches", "save_every", "keep", "tracker",
-    "table.placement", "table.cache", "table.prefetch",
+    "table.placement", "table.cache", "table.staging", "table.prefetch",
     "seq_len", "batch_size", "accumulation", "seed", "validation_share",
 }  # fmt: skip
 """What a resumed run may change, or what is compared otherwise: model, tokenizer and data by what they are."""

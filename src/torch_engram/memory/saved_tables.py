@@ -1,0 +1,150 @@
+"""How a bank's tables go to disk and come back: by one process, or by all ranks that hold a share of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from torch_engram.memory.bank import MemoryBank
+from torch_engram.memory.exchange import Exchange
+from torch_engram.memory.saved_shards import only_held, save_shards, update_shards
+from torch_engram.memory.tables import Table
+from torch_engram.stores import (
+    Manifest,
+    WritableStore,
+    check_table,
+    load_table,
+    make_keys,
+    save_table,
+    update_table,
+)
+
+
+class SavedTables(Protocol):
+    """What is done by whoever holds the rows; with ranks, every call is collective."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process does what only one may do."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """Within, a failure of one is a failure of all; none leaves before the last one does."""
+
+    def all(self, mine: bool) -> bool:
+        """Whether it is so everywhere."""
+
+    def save(self, folder: Path, table: Table) -> Manifest:
+        """See :func:`~torch_engram.stores.save_table`."""
+
+    def update(self, folder: Path, table: Table, earlier: Manifest) -> Manifest:
+        """See :func:`~torch_engram.stores.update_table`."""
+
+    def check(self, folder: Path, table: Table, manifest: Manifest) -> None:
+        """See :func:`~torch_engram.stores.check_table`."""
+
+    def load(self, folder: Path, table: Table, manifest: Manifest) -> None:
+        """See :func:`~torch_engram.stores.load_table`."""
+
+
+def saved_tables(bank: MemoryBank) -> SavedTables:
+    """Of one process, or of the ranks among which the rows are divided."""
+    return OneProcess(bank) if bank.exchange is None else AllRanks(bank, bank.exchange)
+
+
+class OneProcess:
+    """See :class:`SavedTables`."""
+
+    leads = True
+
+    def __init__(self, bank: MemoryBank):
+        self._bank = bank
+
+    def together(self) -> AbstractContextManager[None]:
+        """See :class:`SavedTables`."""
+        return nullcontext()
+
+    def all(self, mine: bool) -> bool:
+        """See :class:`SavedTables`."""
+        return mine
+
+    def save(self, folder: Path, table: Table) -> Manifest:
+        """See :class:`SavedTables`."""
+        return save_table(folder, table.rows, self._bank.source(table).format.layout, _reader(self._bank, table))
+
+    def update(self, folder: Path, table: Table, earlier: Manifest) -> Manifest:
+        """See :class:`SavedTables`."""
+        layout = self._bank.source(table).format.layout
+        return update_table(folder, earlier, changed(self._bank, table), layout, _reader(self._bank, table))
+
+    def check(self, folder: Path, table: Table, manifest: Manifest) -> None:
+        """See :class:`SavedTables`."""
+        check_table(folder, manifest, table.rows, self._bank.source(table).format.layout)
+
+    def load(self, folder: Path, table: Table, manifest: Manifest) -> None:
+        """See :class:`SavedTables`."""
+        load_table(folder, manifest, self._bank.source(table).format.layout, _writer(self._bank, table))
+
+
+class AllRanks:
+    """See :class:`SavedTables`."""
+
+    def __init__(self, bank: MemoryBank, exchange: Exchange):
+        self._bank, self._exchange = bank, exchange
+        self.leads = exchange.shard.rank == 0
+
+    def together(self) -> AbstractContextManager[None]:
+        """See :class:`SavedTables`."""
+        return self._exchange.together()
+
+    def all(self, mine: bool) -> bool:
+        """See :class:`SavedTables`."""
+        return self._exchange.all(mine)
+
+    def save(self, folder: Path, table: Table) -> Manifest:
+        """See :class:`SavedTables`."""
+        layout = self._bank.source(table).format.layout
+        return save_shards(self._exchange, folder, table.rows, layout, _reader(self._bank, table))
+
+    def update(self, folder: Path, table: Table, earlier: Manifest) -> Manifest:
+        """See :class:`SavedTables`."""
+        layout, own = self._bank.source(table).format.layout, changed(self._bank, table)
+        return update_shards(self._exchange, folder, earlier, own, layout, _reader(self._bank, table))
+
+    def check(self, folder: Path, table: Table, manifest: Manifest) -> None:
+        """See :class:`SavedTables`; each rank reads a share of the parts."""
+        shard = self._exchange.shard
+        mine = manifest.parts[shard.rank :: shard.ranks]
+        check_table(folder, manifest, table.rows, self._bank.source(table).format.layout, mine)
+
+    def load(self, folder: Path, table: Table, manifest: Manifest) -> None:
+        """See :class:`SavedTables`."""
+        write = only_held(self._exchange.shard, _writer(self._bank, table))
+        load_table(folder, manifest, self._bank.source(table).format.layout, write)
+
+
+def changed(bank: MemoryBank, table: Table) -> Tensor:
+    """Rows of a table that were written since its store counts."""
+    store = bank.source(table).store
+    assert isinstance(store, WritableStore), "a store that cannot be written has no changes"
+    return store.changed(table.space)
+
+
+def _reader(bank: MemoryBank, table: Table) -> Callable[[Tensor], Tensor]:
+    store = bank.source(table).store
+    return lambda rows: store.fetch(make_keys(table.space, rows.to(bank.device)))
+
+
+def _writer(bank: MemoryBank, table: Table) -> Callable[[Tensor, Tensor], None]:
+    source = bank.source(table)
+    store = source.store
+    if not isinstance(store, WritableStore):
+        raise ValueError(f"{type(store).__name__} is read-only: rows cannot be loaded into it.")
+
+    def write(rows: Tensor, records: Tensor) -> None:
+        source.newest = store.write(make_keys(table.space, rows.to(bank.device)), records.to(bank.device))
+
+    return write
