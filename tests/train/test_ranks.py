@@ -106,7 +106,7 @@ def recipes(make_recipe) -> list[Recipe]:
 def test_two_ranks_train_as_one_and_each_time_alike(recipes, text):
     every = run_ranks(2, all_of, [*recipes, recipes[0]])  # the first one twice
     for number, recipe in enumerate(recipes):
-        one = steps_of(replace(recipe, accumulation=2 * recipe.accumulation))
+        one = steps_of(replace(recipe, name="one", accumulation=2 * recipe.accumulation))
         if recipe.dtype == "fp32":
             assert_ranks_equal_one([rank[number] for rank in every], one)
         else:
