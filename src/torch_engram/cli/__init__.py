@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import warnings
@@ -18,6 +17,7 @@ from torch_engram.cli.gates import gates
 from torch_engram.cli.plan import plan
 from torch_engram.cli.recipes import recipes
 from torch_engram.cli.sample import sample
+from torch_engram.cli.sentences import sentence
 from torch_engram.cli.table import table
 from torch_engram.cli.trace import trace
 from torch_engram.cli.train import train
@@ -66,16 +66,4 @@ def main() -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("ENGRAM_TRACEBACK") == "1":
             raise
-        sys.exit(f"engram: {_sentence(error)}")
-
-
-def _sentence(error: ValueError | OSError) -> str:
-    if isinstance(error, ValueError) or error.errno is None:  # the library's own sentence
-        return str(error)
-    where = f"{error.filename}: " if error.filename else ""
-    mend = "check that path and its permissions"
-    if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-        mend = "make room, or choose other folders for what is written"
-    elif error.errno == errno.EMFILE:
-        mend = "let the command hold more files open (ulimit -n)"
-    return f"{where}{error.strerror or error}; {mend}."
+        sys.exit(f"engram: {sentence(error)}")

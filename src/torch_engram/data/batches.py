@@ -99,9 +99,12 @@ class PackedBatches:
             windows[here] = permute(positions[here], self.windows, self.seed, int(epoch))
         return self._gather(windows)
 
-    def in_order(self) -> Iterator[Batch]:
-        """Every window exactly once, in the file's order, for evaluation; the last batch may be smaller."""
-        for first in range(0, self.windows, self.batch_size):
+    def in_order(self, start: int = 0, step: int = 1) -> Iterator[Batch]:
+        """Every window exactly once, in the file's order, for evaluation; the last batch may be smaller.
+
+        Of these batches every `step`-th from number `start` on.
+        """
+        for first in range(start * self.batch_size, self.windows, step * self.batch_size):
             yield self._gather(np.arange(first, min(first + self.batch_size, self.windows)))
 
     def _gather(self, windows: _Ints) -> Batch:

@@ -196,7 +196,8 @@ class Decoder(nn.Module):
         # All blocks of all decoders in a process share one function's cache, and eight kinds of block are soon met.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for block in self.blocks:
-            block.compile(**{"fullgraph": True, **options})
+            # What is hooked to a block, such as FSDP's gathering of its parameters, runs outside the graph.
+            setattr(block, "forward", torch.compile(block.forward, **{"fullgraph": True, **options}))  # noqa: B010
 
     def update_balance(self, rate: float) -> dict[int, Tensor]:
         """:meth:`MoE.update_balance` of every layer with experts; the largest load over the mean, by layer."""

@@ -27,6 +27,7 @@ from torch_engram.models import Decoder, DecoderConfig
 from torch_engram.optim import ROW_OPTIMIZERS
 from torch_engram.train.muon import Muon
 from torch_engram.train.network_pass import CapturedPass, NetworkPass
+from torch_engram.train.ranks import ALONE, Ranks
 from torch_engram.train.recipe import DEVICES, ON_DISK, Recipe
 
 _MATRICES = ("qkv", "out", "gate_up", "down", "wkv")
@@ -60,19 +61,24 @@ def require_compiler(what: str = "compile=true", instead: str = "set compile=fal
         raise ValueError(f"{what} needs a C++ compiler, such as g++: install one, or {instead}.")
 
 
-def require_machine(recipe: Recipe) -> None:
-    """Raises ``ValueError`` when this machine does not have what the recipe asks for."""
+def require_machine(recipe: Recipe, ranks: int = 1) -> None:
+    """Raises ``ValueError`` when this machine does not have what the recipe asks for, or so many ranks cannot do it."""
     require_device(recipe.device, "use device=cpu with capture=false" if recipe.capture else "use device cpu")
     if recipe.compile:
         require_compiler()
     if recipe.capture:
-        require_capture(recipe)
+        require_capture(recipe, ranks)
     if recipe.fp8:
         require_fp8(recipe.device)
 
 
-def require_capture(recipe: Recipe) -> None:
+def require_capture(recipe: Recipe, ranks: int = 1) -> None:
     """Raises ``ValueError`` when what the recipe trains cannot be captured in a CUDA graph."""
+    if ranks > 1:
+        raise ValueError(
+            f"capture=true is for one process, for a graph would hold the collectives of {ranks} ranks: set "
+            "capture=false, or train with one rank."
+        )
     if recipe.device != "cuda":
         raise ValueError("capture=true needs a GPU, for its graphs are CUDA's: set device=cuda, or capture=false.")
     if recipe.model.moe is not None and recipe.dtype != "bf16":
@@ -132,17 +138,20 @@ def build_decoder(recipe: Recipe, model: DecoderConfig) -> Decoder:
     return Decoder(model, recompute=recipe.recompute, fp8=recipe.fp8).to(recipe.device)
 
 
-def build_banks(recipe: Recipe, model: DecoderConfig, vocab: CanonicalVocab) -> dict[str, MemoryBank]:
-    """One trainable bank a memory of the model, by name. Those on disk are in ``out/name/rows-<memory>``.
+def build_banks(
+    recipe: Recipe, model: DecoderConfig, vocab: CanonicalVocab, ranks: Ranks = ALONE
+) -> dict[str, MemoryBank]:
+    """One trainable bank a memory of the model, by name; its rows are divided over the ranks. Those on disk are in
+    ``out/name/rows-<memory>``, with several ranks each in ``rows-<memory>-<rank>``.
 
     Raises ``ValueError`` when another process trains there, ``OSError`` when nothing can be written there.
     """
-    table = recipe.table
+    table, mine = recipe.table, f"-{ranks.rank}" if ranks.size > 1 else ""
 
     def placement(name: str) -> str | StoreFactory:
         if table.placement != ON_DISK:
             return table.placement
-        return disk_rows(Path(recipe.out) / recipe.name / f"rows-{name}", table.staging)
+        return disk_rows(Path(recipe.out) / recipe.name / f"rows-{name}{mine}", table.staging)
 
     return {
         name: MemoryBank(
@@ -157,10 +166,11 @@ def build_banks(recipe: Recipe, model: DecoderConfig, vocab: CanonicalVocab) -> 
             placement=placement(name),
             cache=table.cache,
             codec=table.codec,
-            device=recipe.device,
+            device=ranks.device(recipe.device),
             dtype=torch.bfloat16 if recipe.dtype == "bf16" else torch.float32,
             name=name,
             seed=recipe.seed,
+            group=ranks.group,
         )
         for name, engram in model.engrams.items()
     }
@@ -175,7 +185,7 @@ def build_pass(recipe: Recipe, decoder: Decoder, banks: Mapping[str, MemoryBank]
     return NetworkPass(decoder, mixed=mixed, masked=masked)
 
 
-def build_optimizers(recipe: Recipe, decoder: Decoder) -> list[torch.optim.Optimizer]:
+def build_optimizers(recipe: Recipe, decoder: Decoder, ranks: Ranks = ALONE) -> list[torch.optim.Optimizer]:
     """Muon for the matrices, Adam for the rest; tables have their own in their banks."""
     rates = recipe.rates
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "embedding": [], "head": [], "router": [], "other": []}
@@ -187,7 +197,7 @@ def build_optimizers(recipe: Recipe, decoder: Decoder) -> list[torch.optim.Optim
         if parameters and role != "matrices"
     ]
     return [
-        Muon(groups["matrices"], lr=rates.matrices, weight_decay=rates.weight_decay),
+        Muon(groups["matrices"], lr=rates.matrices, weight_decay=rates.weight_decay, divided=ranks.rows),
         torch.optim.Adam(adam, betas=(0.9, 0.95), eps=1e-10, fused=True),
     ]
 

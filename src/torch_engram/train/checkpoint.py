@@ -30,6 +30,7 @@ from torch_engram.data import load_tokenizer, tokenizer_digest
 from torch_engram.durable import file_digest, sync, write_json
 from torch_engram.memory import MemoryBank, load_bank, open_bank, save_bank
 from torch_engram.models import Decoder, DecoderConfig
+from torch_engram.train.ranks import ALONE, Ranks
 
 _FACTS = "checkpoint.json"
 _PREFIX = "step-"
@@ -57,34 +58,46 @@ def save_checkpoint(
     tokenizer: Tokenizer,
     facts: Mapping[str, Any],
     keep: int,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Save a run after ``step`` steps as ``folder/step-…`` and remove all but the newest ``keep``.
 
-    A checkpoint of that step which is there already is this one, and stays: a run passes each step once.
+    A checkpoint of that step which is there already is this one, and stays: a run passes each step once. All ``ranks``
+    call it; the files are those of one process.
     Raises ``ValueError`` when it cannot be written (a full disk, say); what was there before is then untouched.
     """
     final = checkpoint_path(folder, step)
-    if (final / _FACTS).exists():
+    if ranks.agree((final / _FACTS).exists()):
         return final
     partial = _hidden(final)
     try:
-        for left in folder.glob(_hidden(folder / f"{_PREFIX}*").name):
-            shutil.rmtree(left)
-        partial.mkdir(parents=True)
-        _write(partial, step, decoder, banks, optimizers, tokenizer, facts, latest_checkpoint(folder))
-        os.rename(partial, final)
-        sync(folder)
-        for old in checkpoints(folder)[:-keep]:
-            os.rename(old, _hidden(old))
-            shutil.rmtree(_hidden(old))
+        ranks.lead(lambda: _begin(folder, partial))
+        since = ranks.agree(latest_checkpoint(folder))
+        _write(partial, step, decoder, banks, optimizers, tokenizer, facts, since, ranks)
+        ranks.lead(lambda: _finish(folder, partial, final, keep))
     except (OSError, SafetensorError) as error:
         earlier = latest_checkpoint(folder)
         kept = f"; {earlier} is whole" if earlier is not None else ""
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"Cannot save {final} ({reason}): make room, or set another out{kept}.") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if ranks.leads:
+            shutil.rmtree(partial, ignore_errors=True)
     return final
+
+
+def _begin(folder: Path, partial: Path) -> None:
+    for left in folder.glob(_hidden(folder / f"{_PREFIX}*").name):
+        shutil.rmtree(left)
+    partial.mkdir(parents=True)
+
+
+def _finish(folder: Path, partial: Path, final: Path, keep: int) -> None:
+    os.rename(partial, final)
+    sync(folder)
+    for old in checkpoints(folder)[:-keep]:
+        os.rename(old, _hidden(old))
+        shutil.rmtree(_hidden(old))
 
 
 def _hidden(path: Path) -> Path:
@@ -101,24 +114,29 @@ def _write(
     tokenizer: Tokenizer,
     facts: Mapping[str, Any],
     since: Path | None,
+    ranks: Ranks,
 ) -> None:
     """``since``: an earlier checkpoint, whose rows need not be written again where they are the same."""
-    save_file(_contiguous(_weights(decoder)), partial / "model.safetensors")
-    save_file(_contiguous(_optimizer_tensors(optimizers)), partial / "optimizer.safetensors")
+    _save_whole(_weights(decoder), partial / "model.safetensors", ranks)
+    _save_whole(_optimizer_tensors(optimizers), partial / "optimizer.safetensors", ranks)
     for name, bank in banks.items():
         save_bank(bank, partial / f"memory-{name}", since and since / f"memory-{name}")
-    (partial / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    content = {
-        "step": step,
-        "sha256": {name: file_digest(partial / name) for name in _FILES},
-        "model": decoder.config.to_dict(),
-        "banks": list(banks),
-        "tokenizer_digest": tokenizer_digest(tokenizer),
-        **facts,
-    }
-    write_json(partial / _FACTS, content)
-    for path in (*partial.rglob("*"), partial):
-        sync(path)
+
+    def vouch() -> None:
+        (partial / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        content = {
+            "step": step,
+            "sha256": {name: file_digest(partial / name) for name in _FILES},
+            "model": decoder.config.to_dict(),
+            "banks": list(banks),
+            "tokenizer_digest": tokenizer_digest(tokenizer),
+            **facts,
+        }
+        write_json(partial / _FACTS, content)
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
+
+    ranks.lead(vouch)
 
 
 def resume(
@@ -127,8 +145,9 @@ def resume(
     banks: Mapping[str, MemoryBank],
     optimizers: Sequence[torch.optim.Optimizer],
     tokenizer: Tokenizer,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Load ``path`` into the parts of a run and return its facts.
+    """Load ``path`` into the parts of a run and return its facts. Any number of ranks may have saved it.
 
     Raises ``ValueError`` naming the part that does not fit or the file that is damaged.
     """
@@ -139,8 +158,8 @@ def resume(
         )
     if facts["model"] != decoder.config.to_dict():
         raise ValueError(f"{path} holds another model: resume with the recipe and settings that it was made with.")
-    _load_weights(decoder, path)
-    _load_optimizers(optimizers, load_file(path / "optimizer.safetensors"), path)
+    _load_weights(decoder, path, ranks)
+    _load_optimizers(optimizers, load_file(path / "optimizer.safetensors"), path, ranks)
     for name, bank in banks.items():
         load_bank(bank, path / f"memory-{name}")
     return facts
@@ -207,7 +226,7 @@ def _weights(decoder: Decoder) -> dict[str, Tensor]:
     return weights
 
 
-def _load_weights(decoder: Decoder, path: Path) -> None:
+def _load_weights(decoder: Decoder, path: Path, ranks: Ranks = ALONE) -> None:
     weights = load_file(path / "model.safetensors")
     expected = _weights(decoder)
     wrong = [name for name, tensor in expected.items() if name not in weights or weights[name].shape != tensor.shape]
@@ -216,7 +235,8 @@ def _load_weights(decoder: Decoder, path: Path) -> None:
         raise ValueError(
             f"{path / 'model.safetensors'} does not fit its configuration (at {odd}): use another checkpoint."
         )
-    decoder.load_state_dict(weights, strict=False)
+    parts = {name: ranks.part_like(tensor, expected[name]) for name, tensor in weights.items()}
+    decoder.load_state_dict(parts, strict=False)
 
 
 def _optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -228,13 +248,21 @@ def _optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str,
     }
 
 
-def _load_optimizers(optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor], path: Path) -> None:
+def _load_optimizers(
+    optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor], path: Path, ranks: Ranks
+) -> None:
     for number, optimizer in enumerate(optimizers):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             owner, index, key = name.split(".")
             if int(owner) == number:
                 state.setdefault(int(index), {})[key] = tensor
+        for number_of, values in state.items():
+            for key, value in values.items():
+                like = parameters[number_of] if number_of < len(parameters) else value
+                if value.shape == like.shape:  # all but counts of steps
+                    values[key] = ranks.part_like(value, like)
         groups = optimizer.state_dict()["param_groups"]
         try:
             optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -244,5 +272,6 @@ def _load_optimizers(optimizers: Sequence[torch.optim.Optimizer], tensors: Mappi
             ) from error
 
 
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+def _save_whole(tensors: Mapping[str, Tensor], path: Path, ranks: Ranks) -> None:
+    found = {name: tensor.contiguous() for name, tensor in ranks.whole(tensors).items()}
+    ranks.lead(lambda: save_file(found, path))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain, islice, repeat
 
 import torch
 
@@ -13,6 +13,7 @@ from torch_engram.data import IGNORE_INDEX, Batch, PackedBatches, TokenFile
 from torch_engram.memory import Memory, MemoryBank, Tokens, join
 from torch_engram.models import Decoder
 from torch_engram.train.loss import head_losses
+from torch_engram.train.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,17 @@ def evaluate(
     device: str = "cpu",
     dtype: str = "fp32",
     batches: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Score:
-    """The score on a token file: its first ``batches`` batches in the file's order, all by default."""
+    """The score on a token file: its first ``batches`` batches in the file's order, all by default.
+
+    ``ranks`` share the batches, and all return the score of all.
+    """
     was_training = decoder.training
     decoder.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     count = 0
-    for batch in itertools.islice(PackedBatches(file, batch_size, seq_len).in_order(), batches):
+    for batch in _share(PackedBatches(file, batch_size, seq_len), batches, ranks):
         on_device = batch.to(device)
         memory = read_memory(banks, batch)
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"):
@@ -59,5 +64,21 @@ def evaluate(
         total += losses.sum(dtype=torch.float64)
         count += int((batch.targets != IGNORE_INDEX).sum())
     decoder.train(was_training)
-    nats = total.item() / max(1, count)
+    ranks.part_again(decoder)
+    count = int(ranks.sum(torch.tensor(count)))
+    nats = ranks.sum(total).item() / max(1, count)
     return Score(nats, count, nats / math.log(2) * len(file) / file.text_bytes)
+
+
+def _share(data: PackedBatches, batches: int | None, ranks: Ranks) -> Iterator[Batch]:
+    """Of the first ``batches`` batches those of this rank. All ranks read as often, for they read together: where one
+    has none left, it reads the file's first batch without targets."""
+    there = -(-data.windows // data.batch_size)
+    wanted = there if batches is None else min(batches, there)
+    mine = islice(data.in_order(ranks.rank, ranks.size), len(range(ranks.rank, wanted, ranks.size)))
+    rounds = -(-wanted // ranks.size)
+    for batch in islice(chain(mine, repeat(None)), rounds):
+        if batch is None:
+            batch = next(data.in_order())
+            batch = replace(batch, targets=torch.full_like(batch.targets, IGNORE_INDEX))
+        yield batch

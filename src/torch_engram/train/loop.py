@@ -9,12 +9,14 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim.lr_scheduler import LambdaLR
 
 from torch_engram.data import IGNORE_INDEX, Batch, PackedBatches, TokenFile
@@ -34,15 +36,16 @@ from torch_engram.train.checkpoint import (
     checkpoint_path,
     checkpoints,
     latest_checkpoint,
-    read_facts,
     resume,
     save_checkpoint,
 )
 from torch_engram.train.evaluate import Score, evaluate
 from torch_engram.train.guards import deterministic_kernels, interruptible, only_run
-from torch_engram.train.metrics import Metrics
+from torch_engram.train.metrics import Metrics, NoMetrics
+from torch_engram.train.ranks import ranks_of
 from torch_engram.train.readout import Reading, Readout
-from torch_engram.train.recipe import Recipe, differences
+from torch_engram.train.recipe import Recipe
+from torch_engram.train.same_run import data_identity, require_same_data, require_same_recipe
 from torch_engram.train.schedule import factor
 
 
@@ -80,19 +83,30 @@ class _Prepared:
 class Trainer:
     """A run of a recipe. Building it reads the text and makes the model; :meth:`run` trains.
 
+    ``group``: the ranks of :mod:`torch.distributed` that train it together, each on its own micro-batches; all of them
+    then do the same, and its collectives take tensors of the host and of the device (``cpu:gloo,cuda:nccl``).
     Raises ``ValueError`` naming what is wrong with the recipe, the corpus, the device or the checkpoint.
     """
 
-    def __init__(self, recipe: Recipe, *, resume_run: bool = False, text: Text | None = None):
-        require_machine(recipe)
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        resume_run: bool = False,
+        text: Text | None = None,
+        group: ProcessGroup | None = None,
+    ):
+        self.ranks = ranks = ranks_of(group, recipe.device)
+        require_machine(recipe, ranks.size)
         self.recipe = recipe
         self.folder = Path(recipe.out) / recipe.name
-        self.text = text if text is not None else build_text(recipe)
+        self.text = text if text is not None else ranks.first(lambda: build_text(recipe))
         model = fit_to_text(recipe.model, self.text.tokenizer, self.text.vocab)
         self.decoder = build_decoder(recipe, model)
-        self.banks = build_banks(recipe, model, self.text.vocab)
+        ranks.divide(self.decoder)
+        self.banks = build_banks(recipe, model, self.text.vocab, ranks)
         self.data = PackedBatches(self.text.files.train, recipe.batch_size, recipe.seq_len, recipe.seed)
-        self.optimizers = build_optimizers(recipe, self.decoder)
+        self.optimizers = build_optimizers(recipe, self.decoder, ranks)
         self.step = 0
         self.seconds = 0.0  # of training steps
         self._start_at_zero_or_resume(resume_run)
@@ -105,7 +119,7 @@ class Trainer:
         self._balance: dict[int, Tensor] = {}
 
     def _start_at_zero_or_resume(self, resume_run: bool) -> None:
-        self._newest = newest = latest_checkpoint(self.folder)
+        self._newest = newest = self.ranks.agree(latest_checkpoint(self.folder))
         if newest is not None and not resume_run:
             raise ValueError(
                 f"{self.folder} already holds a run: pass --resume to go on with it, or set another name= or out=."
@@ -113,12 +127,9 @@ class Trainer:
         if resume_run and newest is None:
             raise ValueError(f"There is no checkpoint in {self.folder} to resume from: leave out --resume.")
         if newest is not None:
-            self._require_same(newest)
-            facts = resume(newest, self.decoder, self.banks, self.optimizers, self.text.tokenizer)
-            if facts["data"] != self._data_identity():
-                raise ValueError(
-                    f"{newest} was trained on other data or batches: resume with the settings that it was made with."
-                )
+            require_same_recipe(newest, self.recipe)
+            facts = resume(newest, self.decoder, self.banks, self.optimizers, self.text.tokenizer, self.ranks)
+            require_same_data(newest, facts["data"], self._data_identity(), self.ranks.size)
             self.step, self.seconds = facts["step"], facts["seconds"]
         self._factor = partial(
             factor,
@@ -131,33 +142,8 @@ class Trainer:
         begun = self.step
         self._schedulers = [LambdaLR(optimizer, lambda done: self._factor(begun + done)) for optimizer in every]
 
-    def _require_same(self, newest: Path) -> None:
-        """Raises ``ValueError`` naming a setting that would make the resumed run another one."""
-        facts = read_facts(newest)
-        if self.recipe.steps < facts["step"]:
-            raise ValueError(f"{newest} is past steps={self.recipe.steps}: resume with {facts['step']} or more.")
-        try:
-            before = Recipe.from_dict(facts["recipe"]).to_dict()  # what it does not name had its default
-        except ValueError as error:
-            raise ValueError(
-                f"{newest} was saved by another version of torch-engram ({error}) Resume with that version, or start "
-                "anew under another name=."
-            ) from error
-        for key, (saved, mine) in differences(before, self.recipe.to_dict()).items():
-            raise ValueError(
-                f"{newest} was trained with {key}={saved}, not {mine}: resume with --set {key}={saved}, or start anew "
-                "under another name=."
-            )
-
     def _data_identity(self) -> dict[str, str | int]:
-        recipe = self.recipe
-        return {
-            "digest": self.text.files.train.digest,
-            "seq_len": recipe.seq_len,
-            "batch_size": recipe.batch_size,
-            "accumulation": recipe.accumulation,
-            "seed": recipe.seed,
-        }
+        return data_identity(self.recipe, self.text.files.train.digest, self.ranks.size)
 
     @property
     def account(self) -> Account:
@@ -168,20 +154,26 @@ class Trainer:
         return account(self.decoder.config, rows, self.recipe.seq_len)
 
     @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimiser step, those of all ranks."""
+        return self.recipe.tokens_per_step * self.ranks.size
+
+    @property
     def share_seen(self) -> float:
         """Tokens trained on so far over tokens in the training split (above 1: epochs)."""
-        return self.step * self.recipe.tokens_per_step / len(self.text.files.train)
+        return self.step * self.tokens_per_step / len(self.text.files.train)
 
     # -- one step -------------------------------------------------------------------------------------------------
 
     def train_step(self) -> tuple[Tensor, Tensor]:
         """Train one step; returns its mean loss and the norm of all gradients, scalars still on the device."""
-        prepared = self._next()
-        targets = max(1, sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in prepared.batches))
-        divisor = torch.full((), float(targets), device=self.recipe.device)
-        losses = [
-            self.network_pass(batch, prepared.rows, micro, divisor) for micro, batch in enumerate(prepared.batches)
-        ]
+        prepared, ranks = self._next(), self.ranks
+        targets = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in prepared.batches)
+        divisor = ranks.sum(torch.full((), float(targets), device=self.recipe.device)).clamp_(min=1) / ranks.size
+        losses = []  # over the mean number of targets a rank: gradients are averaged over the ranks
+        for micro, batch in enumerate(prepared.batches):
+            ranks.averages_next(self.decoder, micro == len(prepared.batches) - 1)
+            losses.append(self.network_pass(batch, prepared.rows, micro, divisor))
         for rows in prepared.rows.values():
             rows.reduce()
         norm = self._clip()
@@ -192,15 +184,17 @@ class Trainer:
             rows.apply()
         for scheduler in self._schedulers:
             scheduler.step()
+        ranks.sum_loads(self.decoder)
         self._balance = self.decoder.update_balance(self.recipe.balance_rate)
-        return torch.stack(losses).sum(), norm
+        return ranks.sum(torch.stack(losses).sum()) / ranks.size, norm
 
     def _next(self) -> _Prepared:
         """The coming step's batches and rows, keeping ``table.prefetch`` further steps under way."""
         last = min(self._drawn + self.recipe.table.prefetch + 1 - len(self._ahead), self.recipe.steps)
         while self._drawn < last:
-            first = self._drawn * self.recipe.accumulation
-            batches = [self.data.batch(first + number) for number in range(self.recipe.accumulation)]
+            first, ranks = self._drawn * self.recipe.accumulation, self.ranks
+            micros = range(first, first + self.recipe.accumulation)
+            batches = [self.data.batch(micro * ranks.size + ranks.rank) for micro in micros]
             if self.recipe.device == "cuda":
                 batches = [batch.pin_memory() for batch in batches]
             tokens = [Tokens(batch.tokens, doc_start=batch.doc_start) for batch in batches]
@@ -212,8 +206,7 @@ class Trainer:
         """Scale all gradients, rows included, to the recipe's norm; returns what it was."""
         rows = [proxy for bank in self.banks.values() for proxy in bank.parameters()]
         limit = self.recipe.clip or float("inf")
-        together = self.recipe.device == "cuda"
-        return torch.nn.utils.clip_grad_norm_([*self.decoder.parameters(), *rows], limit, foreach=together)
+        return self.ranks.clip(self.decoder, rows, limit, foreach=self.recipe.device == "cuda")
 
     # -- the run --------------------------------------------------------------------------------------------------
 
@@ -223,21 +216,22 @@ class Trainer:
         Raises ``ValueError`` when loss or gradients are no longer finite, naming the step and the last good checkpoint.
         """
         with (
-            only_run(self.folder),
+            ExitStack() as held,
             deterministic_kernels(self.recipe.deterministic),
             interruptible(self._ask_to_stop),
         ):
-            if latest_checkpoint(self.folder) != self._newest:
+            self.ranks.lead(lambda: held.enter_context(only_run(self.folder)))
+            if self.ranks.agree(latest_checkpoint(self.folder)) != self._newest:
                 raise ValueError(f"Another process trained in {self.folder} meanwhile: set another name= or out=.")
             return self._run(watch)
 
     def _run(self, watch: Callable[[Progress], None] | None) -> Outcome:
         recipe = self.recipe
-        metrics = Metrics(self.folder, recipe, self.step)
+        metrics = self.ranks.lead(lambda: Metrics(self.folder, recipe, self.step)) or NoMetrics()
         readout = Readout()
         self.decoder.train()
         try:
-            while self.step < recipe.steps and not self._stop:
+            while self.step < recipe.steps and not self._all_stop():
                 begun = time.perf_counter()
                 readout.send(self.step + 1, *self.train_step())
                 self.step += 1
@@ -252,7 +246,7 @@ class Trainer:
                     self.save()
             self._tell(readout.read(behind=0), watch)
             saved = self.save()
-            score = None if self._stop else self._validate(metrics, None)
+            score = None if self._all_stop() else self._validate(metrics, None)
         finally:
             metrics.close()
         return Outcome(self.step, self.step < recipe.steps, saved, score, self.tokens_per_second)
@@ -275,6 +269,11 @@ class Trainer:
     def _ask_to_stop(self) -> None:
         self._stop = True
 
+    def _all_stop(self) -> bool:
+        """Whether any rank was asked to."""
+        self._stop = self.ranks.any(self._stop)
+        return self._stop
+
     @property
     def stopped(self) -> bool:
         """Whether Ctrl-C was pressed, though it may have been too late to leave a step out."""
@@ -283,14 +282,14 @@ class Trainer:
     @property
     def tokens_per_second(self) -> float:
         """Training tokens over the time of training steps, since step 0."""
-        return self.step * self.recipe.tokens_per_step / self.seconds if self.seconds else 0.0
+        return self.step * self.tokens_per_step / self.seconds if self.seconds else 0.0
 
     def _line(self, reading: Reading) -> dict[str, float]:
         line: dict[str, float] = {
             "loss": reading.loss,
             "lr_factor": self._factor(self.step - 1),
             "grad_norm": reading.norm,
-            "tokens": self.step * self.recipe.tokens_per_step,
+            "tokens": self.step * self.tokens_per_step,
             "tokens_per_second": self.tokens_per_second,
         }
         if self._balance:
@@ -302,12 +301,20 @@ class Trainer:
         file = self.text.files.validation
         return file if file is not None and len(file) > self.recipe.seq_len else None
 
-    def _validate(self, metrics: Metrics, batches: int | None) -> Score | None:
+    def _validate(self, metrics: NoMetrics, batches: int | None) -> Score | None:
         file = self.validation_file()
         if file is None:
             return None
+        score = self.score(file, batches)
+        if not math.isfinite(score.nats):
+            raise ValueError(self._astray(f"The validation loss is {score.nats} after step {self.step}", self.step))
+        metrics.log(self.step, validation=score.nats, bits_per_byte=score.bits_per_byte)
+        return score
+
+    def score(self, file: TokenFile, batches: int | None = None) -> Score:
+        """The present model's on a split, as :func:`evaluate` gives it, by all ranks."""
         recipe = self.recipe
-        score = evaluate(
+        return evaluate(
             self.decoder,
             self.banks,
             file,
@@ -316,11 +323,8 @@ class Trainer:
             device=recipe.device,
             dtype=recipe.dtype,
             batches=batches,
+            ranks=self.ranks,
         )
-        if not math.isfinite(score.nats):
-            raise ValueError(self._astray(f"The validation loss is {score.nats} after step {self.step}", self.step))
-        metrics.log(self.step, validation=score.nats, bits_per_byte=score.bits_per_byte)
-        return score
 
     def _require_finite(self, reading: Reading) -> None:
         """For a step's loss and gradients; a checkpoint of the weights that gave them is no good one."""
@@ -341,7 +345,7 @@ class Trainer:
     def save(self) -> Path:
         """Save a checkpoint of the present step; returns its folder. Raises ``ValueError`` for weights that are not
         finite: no good checkpoint should make room for them."""
-        if not all(weight.isfinite().all() for weight in self.decoder.parameters()):
+        if not self.ranks.is_finite(self.decoder):
             raise ValueError(self._astray(f"The weights are not finite after step {self.step}", self.step))
         facts = {"recipe": self.recipe.to_dict(), "data": self._data_identity(), "seconds": self.seconds}
         self._newest = save_checkpoint(
@@ -353,5 +357,6 @@ class Trainer:
             self.text.tokenizer,
             facts,
             self.recipe.keep,
+            self.ranks,
         )
         return self._newest

@@ -25,7 +25,17 @@ class Tracker(Protocol):
         """Send what is left."""
 
 
-class Metrics:
+class NoMetrics:
+    """Of ranks that keep none."""
+
+    def log(self, step: int, **values: float) -> None:
+        """See :class:`Metrics`."""
+
+    def close(self) -> None:
+        """See :class:`Metrics`."""
+
+
+class Metrics(NoMetrics):
     """Appends to ``folder/metrics.jsonl``; lines beyond ``step``, of a run that is resumed from there, are dropped.
 
     Raises ``ValueError`` when the recipe's tracker is not installed.

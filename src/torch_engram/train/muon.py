@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch_engram.train.sharded import Rows
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Jordan's quintic: steep at zero, and stable up to 1
 _ITERATIONS = 5
@@ -59,10 +62,17 @@ class _Piece:
     parameter: Tensor
     grad: Tensor
     momentum: Tensor
+    rows: int
+    """Of a whole matrix; this rank may hold fewer."""
 
     @property
     def tall(self) -> bool:
-        return self.grad.shape[1] > self.grad.shape[2]
+        return self.rows > self.grad.shape[2]
+
+    @property
+    def numel(self) -> int:
+        """Numbers of the whole matrices."""
+        return len(self.grad) * self.rows * self.grad.shape[2]
 
 
 class Muon(torch.optim.Optimizer):
@@ -70,10 +80,23 @@ class Muon(torch.optim.Optimizer):
 
     An update is scaled by 0.2·sqrt(max(m, n)), which gives it AdamW's usual root mean square (arXiv 2502.16982), so
     learning rates are of AdamW's size.
+
+    ``divided``: how the ranks hold matrices whose parameters are ``DTensor``s, cut along their first dimension. Momenta
+    are cut alike; a matrix is brought together to be orthogonalised, and each rank updates its own rows. Of a stack a
+    rank has whole matrices.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float = 2e-3, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 2e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        *,
+        divided: Rows | None = None,
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._divided = divided
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -84,10 +107,11 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     size = tuple(sorted(parameter.shape[-2:]))
-                    kinds[size, parameter.dtype, parameter.device].extend(self._pieces(parameter))
-            for pieces in kinds.values():
+                    cut = self._divided is not None and parameter.ndim == 2
+                    kinds[size, parameter.dtype, parameter.device, cut].extend(self._pieces(parameter))
+            for (*_, cut), pieces in kinds.items():
                 for batch in _batches(pieces):
-                    _update(batch, group)
+                    _update(batch, group, self._divided if cut else None)
 
     def _pieces(self, parameter: Tensor) -> Iterator[_Piece]:
         """The parameter's matrices, in parts that fit into a batch."""
@@ -96,9 +120,12 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         assert parameter.grad is not None
         most = max(1, _BATCH_NUMBERS // (parameter.shape[-2] * parameter.shape[-1]))
-        stacks = (_stack(tensor).split(most) for tensor in (parameter, parameter.grad, state["momentum"]))
-        for parts in zip(*stacks, strict=True):
-            yield _Piece(*parts)
+        tensors = [parameter, parameter.grad, state["momentum"]]
+        if self._divided is not None:
+            tensors = [self._divided.held(tensor) for tensor in tensors]
+        stacks = (_stack(tensor).split(most) for tensor in tensors)
+        for mine, grad, momentum in zip(*stacks, strict=True):
+            yield _Piece(mine, grad, momentum, parameter.shape[-2])
 
 
 def _stack(matrices: Tensor) -> Tensor:
@@ -110,26 +137,31 @@ def _batches(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
     batch: list[_Piece] = []
     held = 0
     for piece in pieces:
-        if batch and held + piece.grad.numel() > _BATCH_NUMBERS:
+        if batch and held + piece.numel > _BATCH_NUMBERS:
             yield batch
             batch, held = [], 0
         batch.append(piece)
-        held += piece.grad.numel()
+        held += piece.numel
     if batch:
         yield batch
 
 
-def _update(batch: list[_Piece], group: dict[str, Any]) -> None:
-    """One step of matrices of one size, the tall ones turned."""
+def _update(batch: list[_Piece], group: dict[str, Any], divided: Rows | None) -> None:
+    """One step of matrices of one size, the tall ones turned. ``divided``: of which every rank holds some rows."""
     grads, momenta = [piece.grad for piece in batch], [piece.momentum for piece in batch]
-    rows, columns = sorted(grads[0].shape[1:])
+    rows, columns = sorted((batch[0].rows, grads[0].shape[2]))
     counts = [len(grad) for grad in grads]
     directions = torch.empty(sum(counts), rows, columns, dtype=_product_type(grads[0].device), device=grads[0].device)
     torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
     nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
+    if divided is not None:
+        parts = [part[0] for part in nesterov]
+        nesterov = tuple(whole[None] for whole in divided.gather(parts, [piece.rows for piece in batch]))
     torch._foreach_copy_(_turned(directions.split(counts), batch), nesterov)
     del nesterov
     steps = _turned(orthogonalise_batch(directions).split(counts), batch)
+    if divided is not None:
+        steps = [divided.own(step[0])[None] for step in steps]
     parameters = [piece.parameter for piece in batch]
     if group["weight_decay"]:
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
