@@ -42,7 +42,7 @@ from torch_engram.train.loop import Trainer
 from torch_engram.train.ranks import joined
 
 SCALING, BYTES, EXPOSED = "two-gpu-scaling", "exchange-bytes", "exposed-exchange"
-RANKS, ROWS, TURNS, STEPS = 2, 100_000_000, 5, 4
+RANKS, ROWS, TURNS, STEPS = 2, 100_000_000, 4, 4
 SMALL = Sizes(batch_size=2, seq_len=32, accumulation=2, hidden=64, vocab=512)
 
 
