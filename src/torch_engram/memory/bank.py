@@ -28,7 +28,7 @@ from torch_engram.memory.source import Source
 from torch_engram.memory.tables import Table, tables_of
 from torch_engram.memory.tokens import Tokens
 from torch_engram.memory.working_set import Memory, WorkingSet
-from torch_engram.optim import RowOptimizer
+from torch_engram.optim import RowOptimizer, RowSinkhorn
 from torch_engram.stores import NgramCache, Plane, RecordLayout, RowFormat, Shard, WritableStore
 from torch_engram.window import Window
 
@@ -78,6 +78,8 @@ class MemoryBank:
         self.reduced: WorkingSet | None = None
         """The working set whose rows the proxies are, from its ``reduce()`` to its ``apply()`` or ``discard()``."""
         self.optimizer = optimizer(self._proxies) if optimizer is not None else None
+        if self.exchange is not None and isinstance(self.optimizer, RowSinkhorn):
+            self.optimizer.over_ranks = self.exchange.sum
         self._sources = make_sources(
             self.tables, [self._format(table) for table in self.tables], make,
             device=self.device, name=name, trains=optimizer is not None, cache=cache, shard=self.shard,

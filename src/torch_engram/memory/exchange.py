@@ -26,6 +26,14 @@ class Exchange:
         self._device, self.group = device, group
         """For what the step itself does."""
         self._ahead = dist.new_group(ranks)
+        for each in (
+            self._ahead,
+            group,
+        ):  # NCCL connects ranks when they first exchange, and must not be disturbed then
+            own = torch.zeros(self.shard.ranks, device=device)
+            dist.all_to_all_single(torch.empty_like(own), own, group=each)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     def route(self, rows: Tensor) -> Route:
         """Ask for distinct ``rows`` int64 ``[U]`` of one table where they are held. Waits for the device."""
