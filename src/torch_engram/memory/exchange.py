@@ -1,8 +1,8 @@
 """What ranks send each other of the rows that a step touches: ids ahead of it, then rows, then their gradients.
 
 Every row crosses to a rank that reads it once, however often it reads it, and its gradient once back. All calls are
-collective: every rank makes them in the same order. Those of a prefetch have a process group of their own, for they
-run beside those of the step.
+collective: every rank makes them in the same order. Ids cross between hosts, by gloo, for a prefetch runs beside the
+step: on GPUs that would be a second communicator, and two that wait for other ranks at once may wait for ever.
 """
 
 from __future__ import annotations
@@ -25,29 +25,18 @@ class Exchange:
         self.shard = Shard(group.rank(), group.size())
         self._device, self.group = device, group
         """For what the step itself does."""
-        self._ahead = dist.new_group(ranks)
-        for each in (
-            self._ahead,
-            group,
-        ):  # NCCL connects ranks when they first exchange, and must not be disturbed then
-            own = torch.zeros(self.shard.ranks, device=device)
-            dist.all_to_all_single(torch.empty_like(own), own, group=each)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        self._ahead = dist.new_group(ranks, backend="gloo")
 
     def route(self, rows: Tensor) -> Route:
         """Ask for distinct ``rows`` int64 ``[U]`` of one table where they are held. Waits for the device."""
         owners = self.shard.owners(rows)
         order = owners.argsort(stable=True)
-        asks = torch.bincount(owners, minlength=self.shard.ranks)
+        asks = torch.bincount(owners, minlength=self.shard.ranks).cpu()
         asked = torch.empty_like(asks)
         dist.all_to_all_single(asked, asks, group=self._ahead)
         sent, come = asks.tolist(), asked.tolist()
-        own = self.shard.own_number(rows)[order]
-        return Route(self.group, order, sent, come, self._swap(own, sent, come))
-
-    def _swap(self, rows: Tensor, sent: Sequence[int], come: Sequence[int]) -> Tensor:
-        return swap(rows, sent, come, self._ahead)
+        own = self.shard.own_number(rows)[order].cpu()
+        return Route(self.group, order, sent, come, swap(own, sent, come, self._ahead).to(rows.device))
 
     def norm(self, own: Tensor) -> Tensor:
         """The norm of what all ranks hold from that of what this one does, a scalar."""
