@@ -220,7 +220,10 @@ class MemoryBank:
             rows = self._rows_of(self.config.layers)
             fetch = LaneFetch(self._lanes, _all(rows, CachedReads), batches[0], self.dtype)
             return WorkingSet(self, rows, self._prefetcher.bring(fetch, rows), 1, trains)
-        lookups = self._prefetcher.find(lambda: [self._lookup(batch) for batch in batches])
+        given = [
+            tensor for batch in batches for tensor in (batch.ids, batch.doc_start, batch.live) if tensor is not None
+        ]
+        lookups = self._prefetcher.find(lambda: [self._lookup(batch) for batch in batches], given)
         if any(batch.history is not None for batch in batches):
             self._prefetcher.wait_for(lookups)  # it is told of its tokens before the caller goes on and, say, crops it
         return self._fetch(self.config.layers, lookups, live, trains)

@@ -73,12 +73,14 @@ class Prefetcher:
         return self._worker.submit(self._find, find, given, now)
 
     def _find(self, find: Callable[[], list[Lookup]], given: Iterable[Tensor], now: torch.cuda.Event | None) -> Lookups:
-        if self._finding is None or now is None:
+        if self._finding is None or self._stream is None or now is None:
             return Lookups(find(), None)
         with torch.cuda.stream(self._finding):
             self._finding.wait_event(now)
             for tensor in given:
-                tensor.record_stream(self._finding)
+                if tensor.is_cuda:  # the caller may drop it before it has been read: masks by the other stream, too
+                    tensor.record_stream(self._finding)
+                    tensor.record_stream(self._stream)
             return Lookups(find(), self._finding.record_event())
 
     def wait_for(self, lookups: Future[Lookups]) -> None:
