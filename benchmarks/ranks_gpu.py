@@ -3,26 +3,27 @@
     python benchmarks/ranks_gpu.py            # on two GPUs; without them two gloo processes, small, nothing recorded
 
 The model and the step of host_table_gpu.py (115 M active parameters, 262,144 tokens a rank and step, bf16 rows with
-row-wise state in host memory, fetched a step ahead), over 100 M rows. Three trainers take turns on the same two ranks:
+row-wise state in host memory, fetched a step ahead), over 100 M rows. What takes turns on the same two ranks:
 
 - ``alone``: the first rank by itself, with the whole table, while the other waits;
 - ``divided``: both, the network by FSDP2, rows divided by their remainder: what `engram train --nproc 2` does;
-- ``apart``: both, the network by FSDP2, but each rank with tables of its own: no row is exchanged.
+- ``unsent``: the same trainer, with zeros in place of the rows and gradients that ranks send each other; ids cross.
 
 Scaling is both ranks' tokens a second, divided, over one's alone. The exposed exchange is what a divided step takes
-beyond one apart, as a share. Bytes are counted at every all-to-all of the memory: what leaves a rank, against ids of 8
-bytes, rows as they are stored and gradients in fp32, of the distinct rows that a rank reads and does not hold, counted
-from the text.
+beyond one unsent, as a share; what FSDP2 sends is in both. Bytes are counted at every all-to-all of the memory: what
+leaves a rank, against ids of 8 bytes, rows as they are stored and gradients in fp32, of the distinct rows that a rank
+reads and does not hold, counted from the text.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
@@ -35,8 +36,8 @@ from record import record
 
 from torch_engram.bench.steps import Runs
 from torch_engram.bench.timing import median
-from torch_engram.memory import MemoryBank
-from torch_engram.train import build, loop
+from torch_engram.memory.exchange import Route
+from torch_engram.train import loop
 from torch_engram.train.build import Text, build_text
 from torch_engram.train.loop import Trainer
 from torch_engram.train.ranks import joined
@@ -57,6 +58,7 @@ def main() -> None:
 
 def measure(rank: int, folder: str, port: int, on_gpus: bool) -> None:
     """What one rank does; the first one records."""
+    faulthandler.dump_traceback_later(150, repeat=True)  # of ranks that wait for each other
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in places.items()}}
     device = "cuda" if on_gpus else "cpu"
@@ -72,7 +74,7 @@ def measure(rank: int, folder: str, port: int, on_gpus: bool) -> None:
                 bank.flush()
 
 
-# -- the three trainers ------------------------------------------------------------------------------------------------
+# -- the trainers ------------------------------------------------------------------------------------------------------
 
 
 def start(stand: Stand, group: dist.ProcessGroup, rows: int) -> dict[str, Trainer]:
@@ -84,7 +86,7 @@ def start(stand: Stand, group: dist.ProcessGroup, rows: int) -> dict[str, Traine
     if not group.rank():
         dist.barrier(group)
     runs: dict[str, Trainer] = {}
-    for name, make in {"alone": alone, "divided": divided, "apart": apart}.items():
+    for name, make in {"alone": alone, "divided": divided}.items():
         begun = time.perf_counter()
         trainer = make(replace(recipe, name=name), text, group)
         if trainer is not None:
@@ -107,18 +109,18 @@ def divided(recipe: loop.Recipe, text: Text, group: dist.ProcessGroup) -> Traine
     return Trainer(recipe, text=text, group=group)
 
 
-def apart(recipe: loop.Recipe, text: Text, group: dist.ProcessGroup) -> Trainer:
-    """All ranks, the network divided, each with as many rows as it would hold."""
-    engram = recipe.model.engrams[NAME]
-    engram = replace(engram, rows_per_head=max(engram.per_order("rows_per_head")) // RANKS)
-    own = replace(recipe, model=replace(recipe.model, engrams={NAME: engram}))
-    whole = build.MemoryBank
+@contextmanager
+def unsent() -> Iterator[None]:
+    """Within, ranks send each other ids alone."""
 
-    def without_group(*arguments: object, group: object, **options: object) -> MemoryBank:
-        return whole(*arguments, **options)  # type: ignore[arg-type]
+    def answer(self: Route, values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(len(self.order), values.shape[1])
 
-    with patch.object(build, "MemoryBank", without_group):
-        return Trainer(own, text=text, group=group)
+    def give(self: Route, grads: torch.Tensor) -> torch.Tensor:
+        return grads.new_zeros(len(self.asked), grads.shape[1])
+
+    with patch.object(Route, "answer", answer), patch.object(Route, "give", give):
+        yield
 
 
 def take(stand: Stand, trainer: Trainer, steps: int) -> float:
@@ -141,22 +143,22 @@ def take(stand: Stand, trainer: Trainer, steps: int) -> float:
 
 def times(stand: Stand, runs: dict[str, Trainer], group: dist.ProcessGroup) -> None:
     """Record steps, scaling and the exposed exchange."""
-    taken: dict[str, list[float]] = {"alone": [], "divided": [], "apart": []}
+    taken: dict[str, list[float]] = {"alone": [], "divided": [], "unsent": []}
     for turn in range(TURNS):
         for name in taken if turn % 2 else reversed(taken):
             dist.barrier(group)
-            if name in runs:
-                taken[name].append(take(stand, runs[name], STEPS))
+            trainer = runs.get("divided" if name == "unsent" else name)
+            if trainer is not None:
+                with unsent() if name == "unsent" else nullcontext():
+                    taken[name].append(take(stand, trainer, STEPS))
     if group.rank():
         return
     for name, samples in taken.items():
         stand.write(SCALING, f"step-{name}", samples, "ms")
     scaling = [RANKS * one / both for one, both in zip(taken["alone"], taken["divided"], strict=True)]
     stand.write(SCALING, "two-over-one", scaling, "times", reference=1.0, ratio=median(scaling))
-    exposed = [1 - own / both for own, both in zip(taken["apart"], taken["divided"], strict=True)]
+    exposed = [1 - own / both for own, both in zip(taken["unsent"], taken["divided"], strict=True)]
     stand.write(EXPOSED, "divided", exposed, "of the step", reference=1.0, ratio=median(exposed))
-    without = [RANKS * one / both for one, both in zip(taken["alone"], taken["apart"], strict=True)]
-    stand.write(SCALING, "apart-over-one", without, "times")
 
 
 def count_bytes(stand: Stand, trainer: Trainer, group: dist.ProcessGroup) -> None:

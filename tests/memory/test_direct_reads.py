@@ -122,7 +122,7 @@ def test_a_gpu_reads_ahead_what_it_fetches(
             assert torch.equal(got, want)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 8), st.booleans()), min_size=1, max_size=3),
     st.sampled_from(CODECS), st.integers(0, 99),

@@ -106,7 +106,7 @@ def test_the_kernels_are_exact_at_any_depth_and_near_their_twins(
     data, runs = batches(5 if device.type == "cpu" else STEPS), []
     settings = dict(weight_decay=0.5, lazy_decay=True) if optimizer in ("adagrad", "sinkhorn") else {}
     options: dict[str, Any] = dict(optimizer=lambda p: ROW_OPTIMIZERS[optimizer](p, lr=0.05, **settings), codec=codec)
-    for depth in (0, 1, 3):
+    for depth in (0, 3) if device.type == "cpu" else (0, 1, 3):  # the interpreter takes its time
         bank = make_kernel_bank(BY_ORDER, device=device, **options)
         runs.append(trajectory(bank, data, depth, reads=True) + every_record(bank))
     assert all(same(run, runs[0]) for run in runs[1:])

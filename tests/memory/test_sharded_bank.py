@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -109,8 +108,8 @@ CASES: list[tuple[int, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_tables_divided_over_ranks_train_as_one_does(ranks: int) -> None:
+def test_tables_divided_over_ranks_train_as_one_does() -> None:
+    ranks = 3  # more than heads, and no divisor of a table's rows
     every = run_ranks(ranks, train_all, CASES)
     for rank in every:
         assert all(same(rank[0], other) for other in rank[1:3])  # at any depth and placement, bit for bit

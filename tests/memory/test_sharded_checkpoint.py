@@ -92,7 +92,6 @@ def test_two_ranks_save_three_resume_and_one_reads(tmp_path: Path) -> None:
 
 
 def fail_on_one(folder: Path) -> str:
-    small_parts()
     bank = make(group=dist.group.WORLD)
     save_bank(bank, folder)
     steps(bank, 0, 3)
@@ -113,7 +112,38 @@ def fail_on_one(folder: Path) -> str:
     return str(raised.value)
 
 
-def test_a_full_disk_on_one_rank_stops_all_and_leaves_the_earlier_memory(tmp_path: Path) -> None:
-    told = run_ranks(2, fail_on_one, tmp_path)
+def fail_to_read(folder: Path) -> tuple[str, int]:
+    bank = make(group=dist.group.WORLD)
+    steps(bank, 0, 1)
+    if dist.get_rank() == 0:
+        store, calls = bank.source(bank.tables[0]).store, iter(range(100))
+        real = store.fetch
+
+        def fetch(keys: Tensor, group: Tensor | None = None) -> Tensor:
+            if next(calls) == 1:
+                raise OSError(5, "Input/output error")
+            return real(keys)
+
+        store.fetch = fetch  # type: ignore[method-assign]
+    with pytest.raises(OSError) as raised:
+        save_bank(bank, folder)
+    assert not list(folder.rglob("*.safetensors"))
+    ahead = bank.prefetch(*batch(7, dist.get_rank()))
+    touched = ahead.touched if dist.get_rank() == 0 else 1  # one rank may ask for itself
+    ahead.discard()
+    steps(bank, 1, 1)
+    return str(raised.value), touched
+
+
+def fail_twice(folder: Path) -> tuple[str, tuple[str, int]]:
+    small_parts()
+    unread = fail_to_read(folder / "unread")
+    return fail_on_one(folder / "full"), unread
+
+
+def test_what_one_rank_cannot_write_or_read_stops_all_and_leaves_the_earlier_memory(tmp_path: Path) -> None:
+    told, unread = zip(*run_ranks(2, fail_twice, tmp_path), strict=True)
     assert "No space left" in told[1] and told[0].startswith("Rank 1 gave up") and "No space left" in told[0]
-    assert equal(held(open_bank(tmp_path, optimizer=RowAdam)), held(make()))
+    assert equal(held(open_bank(tmp_path / "full", optimizer=RowAdam)), held(make()))
+    (mine, touched), (theirs, _) = unread
+    assert "Input/output error" in mine and theirs.startswith("Rank 0 gave up") and touched

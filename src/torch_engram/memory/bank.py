@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -297,11 +297,15 @@ class MemoryBank:
             raise ValueError(
                 "Another step was applied after this one read its rows: apply each step before the next one is read."
             )
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+        with self._on_its_device():
             self.optimizer.step()
             for touched in rows:
                 touched.write()
         self._unbind(step)
+
+    def _on_its_device(self) -> AbstractContextManager[object]:
+        """Within, kernels are launched where the rows are."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _norm(self, own: Tensor) -> Tensor:
         """Of the row gradients of all ranks, from that of this one's."""

@@ -15,7 +15,7 @@ from torch_engram.memory.lookups import Lookups
 from torch_engram.memory.plain_reads import PlainReads, Positions
 from torch_engram.memory.source import Source
 from torch_engram.memory.tables import Table
-from torch_engram.stores import Begun, CachedStore, Heads, NgramCache
+from torch_engram.stores import Begun, CachedStore, Heads, NgramCache, ShardedStore
 
 
 def heads_of(table: Table) -> Heads:
@@ -27,11 +27,12 @@ def counts_by_order(tables: Sequence[Table], sources: Sequence[Source]) -> dict[
     """What the caches of some tables have counted, by layer and order; order 0 stands for all of a cache by row."""
     found: dict[tuple[int, int], Counter[str]] = {}
     for table, source in zip(tables, sources, strict=True):
-        if isinstance(source.store, CachedStore | NgramCache):
+        store = source.store.store if isinstance(source.store, ShardedStore) else source.store
+        if isinstance(store, CachedStore | NgramCache):
             orders = sorted(set(table.orders))
-            for (space, number), counts in source.store.counts().items():
+            for (space, number), counts in store.counts().items():
                 if space == table.space:
-                    order = orders[number] + 2 if isinstance(source.store, NgramCache) else 0
+                    order = orders[number] + 2 if isinstance(store, NgramCache) else 0
                     found.setdefault((table.layer, order), Counter()).update(counts)
     return {place: dict(counts) for place, counts in found.items()}
 

@@ -51,10 +51,10 @@ def save_bank(bank: MemoryBank, directory: Path, since: Path | None = None) -> N
     """
     if bank.in_files:
         raise ValueError(f"Memory {bank.name!r} only reads its tables, and holds no row of its own: copy their files.")
-    bank.flush()
     tables = saved_tables(bank)
     with ExitStack() as held:
         with tables.together():
+            bank.flush()
             if tables.leads:
                 directory.mkdir(parents=True, exist_ok=True)
                 held.enter_context(alone_in(directory, wait=True))

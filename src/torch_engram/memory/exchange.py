@@ -16,6 +16,9 @@ from torch import Tensor
 
 from torch_engram.stores import Shard
 
+_KINDS = OSError, ValueError
+"""Errors that whoever reads them can mend."""
+
 
 class Exchange:
     """The ranks of ``group`` among which a memory's rows are divided. Making one is collective, too."""
@@ -23,9 +26,9 @@ class Exchange:
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         ranks = dist.get_process_group_ranks(group)
         self.shard = Shard(group.rank(), group.size())
-        self._device, self.group = device, group
+        self.device, self.group = device, group
         """For what the step itself does."""
-        self._ahead = dist.new_group(ranks, backend="gloo")
+        self._ahead = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
 
     def route(self, rows: Tensor) -> Route:
         """Ask for distinct ``rows`` int64 ``[U]`` of one table where they are held. Waits for the device."""
@@ -52,8 +55,8 @@ class Exchange:
 
     def tell(self, text: str) -> list[str]:
         """What every rank tells."""
-        mine = torch.frombuffer(bytearray(text.encode() + b"."), dtype=torch.uint8).to(self._device)  # never empty
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(self.shard.ranks)]
+        mine = torch.frombuffer(bytearray(text.encode() + b"."), dtype=torch.uint8).to(self.device)  # never empty
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.shard.ranks)]
         dist.all_gather(sizes, torch.full_like(sizes[0], len(mine)), group=self.group)
         longest = max(int(size) for size in sizes)
         every = [mine.new_zeros(longest) for _ in sizes]
@@ -63,20 +66,21 @@ class Exchange:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What one rank raises within, ``OSError`` or ``ValueError``, all raise at its end: none waits for one that
-        gave up. Whoever gives up has to take part to the end in what is collective."""
-        mine: OSError | ValueError | None = None
+        """What one rank raises within, all raise at its end: none waits for one that gave up. Whoever gives up has to
+        take part to the end in what is collective."""
+        mine: Exception | None = None
         try:
             yield
-        except (OSError, ValueError) as error:
+        except Exception as error:
             mine = error
-        reasons = self.tell("" if mine is None else f"{'file' if isinstance(mine, OSError) else 'value'}:{mine}")
+        kind = next((kind for kind in _KINDS if isinstance(mine, kind)), RuntimeError)
+        reasons = self.tell("" if mine is None else f"{kind.__name__}:{mine}")
         if mine is not None:
             raise mine
         for rank, reason in enumerate(reasons):
-            kind, _, text = reason.partition(":")
-            if kind:
-                raise (OSError if kind == "file" else ValueError)(f"Rank {rank} gave up: {text}")
+            name, _, text = reason.partition(":")
+            if name:
+                raise {each.__name__: each for each in (*_KINDS, RuntimeError)}[name](f"Rank {rank} gave up: {text}")
 
     def all(self, mine: bool) -> bool:
         """Whether it is so on every rank."""

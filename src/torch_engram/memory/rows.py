@@ -70,9 +70,11 @@ class TouchedRows:
         self._bring(ids, group)
 
     def _see_writes(self) -> None:
-        with self._reading:
-            if not self._released and self.waits_for > self.epoch:
-                self.epoch = self.source.begin_read_later(self.epoch, self.waits_for)
+        if self.waits_for > self.epoch:
+            self.source.wait(self.waits_for)
+            with self._reading:
+                if not self._released:
+                    self.epoch = self.source.begin_read_later(self.epoch)
 
     def _bring(self, ids: Tensor, group: Tensor | None) -> None:
         self.keys = make_keys(self.table.space, ids)

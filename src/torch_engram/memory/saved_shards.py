@@ -31,7 +31,7 @@ def save_shards(exchange: Exchange, folder: Path, rows: int, layout: RecordLayou
         longest = min(ROWS_PER_PART, rows - begin)
         with exchange.together():
             folder.mkdir(parents=True, exist_ok=True)
-            reads = _JoinedReads(exchange, fetch, calls=-(-longest // CHUNK_ROWS))
+            reads = _JoinedReads(exchange, fetch, layout, calls=-(-longest // CHUNK_ROWS))
             first = begin + shard.rank * ROWS_PER_PART
             try:
                 if first < rows:
@@ -66,22 +66,32 @@ def only_held(shard: Shard, write: Callable[[Tensor, Tensor], None]) -> Callable
 
 def _of_all_ranks(exchange: Exchange, folder: Path, mine: list[Part]) -> tuple[Part, ...]:
     """The parts that the ranks wrote, by their first row; those that list their rows in the order of the ranks."""
-    sync(folder)
+    with exchange.together():
+        sync(folder)
     told = exchange.tell(json.dumps([asdict(part) for part in mine]))
     parts = [Part(**part) for each in told for part in json.loads(each)]
     return tuple(sorted(parts, key=lambda part: part.first or 0))
 
 
 class _JoinedReads:
-    """Reads consecutive rows that all ranks hold a share of, each rank its own, ``calls`` times on every rank."""
+    """Reads consecutive rows that all ranks hold a share of, each rank its own, ``calls`` times on every rank.
 
-    def __init__(self, exchange: Exchange, fetch: Fetch, calls: int):
-        self._exchange, self._fetch, self._left = exchange, fetch, calls
+    A rank that cannot read its share sends zeros in its place, and raises afterwards: the others wait for it.
+    """
+
+    def __init__(self, exchange: Exchange, fetch: Fetch, layout: RecordLayout, calls: int):
+        self._exchange, self._fetch, self._layout, self._left = exchange, fetch, layout, calls
 
     def serve(self) -> None:
-        """Take part in what other ranks still read."""
+        """Take part in what other ranks still read. Raises at the end what it could not read."""
+        failed: Exception | None = None
         while self._left:
-            self(torch.empty(0, dtype=torch.int64))
+            try:
+                self(torch.empty(0, dtype=torch.int64))
+            except Exception as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Records of ``rows``, consecutive ones or none. Collective."""
@@ -92,7 +102,17 @@ class _JoinedReads:
         held = [own.of(first, last) for first, last in wanted]
         mine = [Shard(rank, own.ranks).of(*bounds) for rank in range(own.ranks)]
         come = [len(each) for each in mine]
-        found = swap(self._fetch(torch.cat(held)), [len(each) for each in held], come, self._exchange.group)
+        share, failed = self._share(torch.cat(held))
+        found = swap(share, [len(each) for each in held], come, self._exchange.group)
+        if failed is not None:
+            raise failed
         records = torch.empty_like(found)
         records[torch.cat(mine).to(found.device) - bounds[0]] = found
         return records
+
+    def _share(self, rows: Tensor) -> tuple[Tensor, Exception | None]:
+        """What this rank holds of them, and why it does not."""
+        try:
+            return self._fetch(rows), None
+        except Exception as error:
+            return self._layout.empty(len(rows), self._exchange.device), error

@@ -28,6 +28,7 @@ class ShardedRows(TouchedRows):
         super().__init__(table, source)
         self._exchange = exchange
         self._read: Tensor | None = None
+        self._has_come = False
 
     def _bring(self, ids: Tensor, group: Tensor | None) -> None:
         shard = self._exchange.shard
@@ -49,17 +50,18 @@ class ShardedRows(TouchedRows):
     @property
     def is_stale(self) -> bool:
         """See :class:`TouchedRows`; rows that have not come are."""
-        return self._read is None or super().is_stale
+        return not self._has_come or super().is_stale
 
     def catch_up(self, expanded: Sequence[Tensor]) -> None:
         """See :class:`TouchedRows`. Collective."""
         super().catch_up(())
-        if self._read is None:
+        if not self._has_come:
             assert self.planes is not None
             stored = self.planes.read.to(_WIRE[self.source.format.layout.plane("value").codec])
             self._read = self._route.answer(stored[self._asked.inverse])
             for micro, out in enumerate(expanded):
                 self.expand(micro, out)
+            self._read, self._has_come = None, True
 
     def used_on(self, stream: torch.cuda.Stream) -> None:
         """See :class:`TouchedRows`."""

@@ -52,10 +52,13 @@ class Source:
             self._readers[epoch] = self._readers.get(epoch, 0) + 1
         return epoch
 
-    def begin_read_later(self, epoch: int, written: int) -> int:
-        """In place of a read that began at ``epoch``: one that sees the writes up to ``written``, if they come."""
+    def wait(self, epoch: int) -> None:
+        """Return when that write is in what a fetch reads, or will not be."""
         if isinstance(self.store, WritableStore):
-            self.store.wait(written)
+            self.store.wait(epoch)
+
+    def begin_read_later(self, epoch: int) -> int:
+        """A read that begins now, in place of one that began at ``epoch``."""
         later = self.begin_read()
         self.end_read(epoch)
         return later

@@ -79,6 +79,8 @@ class WorkingSet:
     def touched(self) -> int:
         """U over all tables: the distinct rows that this step touches, of those that this rank holds. Waits for all of
         them."""
+        if self._bank.exchange is not None:  # bringing rows up to date is for all ranks together
+            return sum(rows.distinct for fetch in self._fetches.values() for rows in fetch.result().rows)
         return sum(rows.distinct for rows in self._all_rows())
 
     def _require(self, micro: int) -> None:
@@ -167,14 +169,15 @@ class WorkingSet:
         for layer in self._rows:
             prepared = self._layer(layer)
             prepared.join()
-            for touched in prepared.rows:
-                touched.reduce()
+            with self._bank._on_its_device():
+                for touched in prepared.rows:
+                    touched.reduce()
         self._bank._bind(self, self._all_rows())
         self._state = "reduced"
 
     def norm(self) -> Tensor:
         """The Euclidean norm of all row gradients, those of all ranks, a scalar; it counts what clipping has done to
-        them."""
+        them. Collective, where rows are divided over ranks."""
         self._expect("reduced", "call reduce() before norm()")
         norms = [rows.total_grad().norm() for rows in self._all_rows()]
         return self._bank._norm(torch.stack(norms).norm())

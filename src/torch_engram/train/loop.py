@@ -249,6 +249,8 @@ class Trainer:
             score = None if self._all_stop() else self._validate(metrics, None)
         finally:
             metrics.close()
+        for bank in self.banks.values():  # other ranks may still wait for what this one was to fetch
+            bank.settle()
         return Outcome(self.step, self.step < recipe.steps, saved, score, self.tokens_per_second)
 
     def _tell(self, readings: Iterable[Reading], watch: Callable[[Progress], None] | None) -> None:
