@@ -52,10 +52,10 @@ class SavedTables(Protocol):
 
 def saved_tables(bank: MemoryBank) -> SavedTables:
     """Of one process, or of the ranks among which the rows are divided."""
-    return OneProcess(bank) if bank.exchange is None else AllRanks(bank, bank.exchange)
+    return OneHolder(bank) if bank.exchange is None else AllRanks(bank, bank.exchange)
 
 
-class OneProcess:
+class OneHolder:
     """See :class:`SavedTables`."""
 
     leads = True
@@ -78,7 +78,7 @@ class OneProcess:
     def update(self, folder: Path, table: Table, earlier: Manifest) -> Manifest:
         """See :class:`SavedTables`."""
         layout = self._bank.source(table).format.layout
-        return update_table(folder, earlier, changed(self._bank, table), layout, _reader(self._bank, table))
+        return update_table(folder, earlier, _changed(self._bank, table), layout, _reader(self._bank, table))
 
     def check(self, folder: Path, table: Table, manifest: Manifest) -> None:
         """See :class:`SavedTables`."""
@@ -111,7 +111,7 @@ class AllRanks:
 
     def update(self, folder: Path, table: Table, earlier: Manifest) -> Manifest:
         """See :class:`SavedTables`."""
-        layout, own = self._bank.source(table).format.layout, changed(self._bank, table)
+        layout, own = self._bank.source(table).format.layout, _changed(self._bank, table)
         return update_shards(self._exchange, folder, earlier, own, layout, _reader(self._bank, table))
 
     def check(self, folder: Path, table: Table, manifest: Manifest) -> None:
@@ -126,7 +126,7 @@ class AllRanks:
         load_table(folder, manifest, self._bank.source(table).format.layout, write)
 
 
-def changed(bank: MemoryBank, table: Table) -> Tensor:
+def _changed(bank: MemoryBank, table: Table) -> Tensor:
     """Rows of a table that were written since its store counts."""
     store = bank.source(table).store
     assert isinstance(store, WritableStore), "a store that cannot be written has no changes"
