@@ -67,6 +67,7 @@ def measure(rank: int, folder: str, port: int, on_gpus: bool) -> None:
         write = partial(record, device="cuda") if on_gpus else show
         stand = Stand(Sizes() if on_gpus else SMALL, device, Runs(folder, warm_up=3), write)
         runs = start(stand, group, ROWS if on_gpus else 20_000)
+        faulthandler.cancel_dump_traceback_later()
         count_bytes(stand, runs["divided"], group)
         times(stand, runs, group)
         for trainer in runs.values():

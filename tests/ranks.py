@@ -1,4 +1,4 @@
-"""Real processes with gloo between them, as many as a test wants ranks."""
+"""Real processes with gloo between them, or NCCL, as many as a test wants ranks."""
 
 from __future__ import annotations
 
@@ -12,19 +12,28 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 
-def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, device: str = "cpu") -> list[Any]:
     """What ``function(*arguments)`` returns on every rank, in processes of their own, where torch.distributed is there.
 
-    ``function`` is at the top of its module. Raises what one of them raised.
+    ``function`` is at the top of its module; on ``cuda`` each rank has a GPU. Raises what one of them raised.
     """
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_rank, (ranks, Path(folder), function, arguments), ranks)  # type: ignore[no-untyped-call]
+        multiprocessing.spawn(_rank, (ranks, Path(folder), device, function, arguments), ranks)  # type: ignore[no-untyped-call]
         return [torch.load(_result(Path(folder), rank), weights_only=False) for rank in range(ranks)]
 
 
-def _rank(rank: int, ranks: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, ranks: int, folder: Path, device: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=ranks,
+    )
     torch.save(function(*arguments), _result(folder, rank))
     dist.barrier()
     dist.destroy_process_group()

@@ -21,6 +21,7 @@ from torch_engram.stores import make_keys
 from torch_engram.train import Recipe, Trainer
 from torch_engram.train.build import require_capture
 from torch_engram.train.evaluate import _share
+from torch_engram.train.guards import deterministic_kernels
 from torch_engram.train.metrics import read_metrics
 from torch_engram.train.ranks import Ranks
 
@@ -36,7 +37,7 @@ def held(bank: MemoryBank) -> list[Tensor]:
     shard = bank.shard
     rows = [torch.arange(table.rows) if shard is None else shard.of(0, table.rows) for table in bank.tables]
     return [
-        bank.source(table).store.fetch(make_keys(table.space, own)).view(torch.float32)
+        bank.source(table).store.fetch(make_keys(table.space, own.to(bank.device))).view(torch.float32).cpu()
         for table, own in zip(bank.tables, rows, strict=True)
     ]
 
@@ -58,8 +59,9 @@ def steps_of(recipe: Recipe) -> dict[str, Any]:
         trainer.decoder.compile_blocks(backend="aot_eager", dynamic=False)
     trainer.decoder.train()
     told = []
-    for trainer.step in range(1, STEPS + 1):
-        told.append([float(value) for value in trainer.train_step()])
+    with deterministic_kernels(recipe.deterministic):
+        for trainer.step in range(1, STEPS + 1):
+            told.append([float(value) for value in trainer.train_step()])
     file = trainer.validation_file()
     assert file is not None
     scores = [trainer.score(file, batches) for batches in (1, None)]
@@ -112,6 +114,20 @@ def test_two_ranks_train_as_one_and_each_time_alike(recipes, text):
         else:
             assert [rank[number]["told"][0][0] for rank in every] == pytest.approx([one["told"][0][0]] * 2, rel=1e-3)
     assert all(same_bits(rank[0], rank[3]) for rank in every)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # compilers warn of what could be faster
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_as_one_and_each_time_alike(make_recipe, text):
+    base = make_recipe(steps=STEPS + 1, accumulation=2, device="cuda", deterministic=True, table={"prefetch": 1})
+    engrams = {"engram": replace(base.model.engrams["engram"], hidden=32)}
+    wider = replace(base.model, hidden=32, head_dim=16, moe=None, engrams=engrams)
+    recipe = replace(base, model=wider)
+    host = replace(recipe, name="host", table=replace(recipe.table, placement="host"))
+    every = run_ranks(2, all_of, [recipe, host], device="cuda")
+    assert_ranks_equal_one([rank[0] for rank in every], steps_of(replace(recipe, name="one", accumulation=4)))
+    assert all(same_bits(rank[0], rank[1]) for rank in every)
 
 
 def steps_and_refusal(recipe: Recipe, saved: Recipe) -> tuple[dict[str, Any], str]:
