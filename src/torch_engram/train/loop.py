@@ -172,7 +172,7 @@ class Trainer:
         divisor = ranks.sum(torch.full((), float(targets), device=self.recipe.device)).clamp_(min=1) / ranks.size
         losses = []  # over the mean number of targets a rank: gradients are averaged over the ranks
         for micro, batch in enumerate(prepared.batches):
-            ranks.averages_next(self.decoder, micro == len(prepared.batches) - 1)
+            ranks.begin_pass(self.decoder, first=micro == 0, last=micro == len(prepared.batches) - 1)
             losses.append(self.network_pass(batch, prepared.rows, micro, divisor))
         for rows in prepared.rows.values():
             rows.reduce()

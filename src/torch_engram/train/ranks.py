@@ -67,8 +67,8 @@ class Ranks:
     def divide(self, decoder: Decoder) -> None:
         """Divide its parameters over the ranks, before anything holds on to them."""
 
-    def averages_next(self, decoder: Decoder, on: bool) -> None:
-        """Whether the next backward averages gradients over the ranks, or only adds to this one's."""
+    def begin_pass(self, decoder: Decoder, *, first: bool, last: bool) -> None:
+        """Call it before each forward of a step: gradients are averaged over the ranks in the backward of the last."""
 
     def part_again(self, decoder: Decoder) -> None:
         """Call it after forwards that no backward follows."""
@@ -148,9 +148,9 @@ class ProcessRanks(Ranks):
         assert self.group is not None
         self._sharded.divide(decoder, self.group, self._device)
 
-    def averages_next(self, decoder: Decoder, on: bool) -> None:
+    def begin_pass(self, decoder: Decoder, *, first: bool, last: bool) -> None:
         """See :class:`Ranks`."""
-        self._sharded.averages_next(decoder, on)
+        self._sharded.begin_pass(decoder, first=first, last=last)
 
     def part_again(self, decoder: Decoder) -> None:
         """See :class:`Ranks`."""

@@ -31,16 +31,25 @@ def divide(decoder: Decoder, group: dist.ProcessGroup, device: str) -> None:
     fully_shard(decoder, mesh=mesh, reshard_after_forward=False)
 
 
-def averages_next(decoder: Decoder, on: bool) -> None:
-    """Whether the next backward averages gradients over the ranks, or only adds to this one's."""
+def begin_pass(decoder: Decoder, *, first: bool, last: bool) -> None:
+    """Say which of a step's passes, forward and backward, comes next: the last one averages gradients over the ranks.
+
+    Until then gradients are whole on every rank, and so are the parameters: ranks send them once a step. A step of one
+    pass has a block's parameters whole only while it needs them.
+    """
     assert isinstance(decoder, FSDPModule)
-    decoder.set_requires_gradient_sync(on)
+    decoder.set_requires_gradient_sync(last)
+    decoder.set_reshard_after_backward(last)
+    for block in decoder.blocks:
+        assert isinstance(block, FSDPModule)
+        block.set_reshard_after_forward(first and last)
 
 
 def part_again(decoder: Decoder) -> None:
     """Let go of what a forward without a backward has left whole."""
-    assert isinstance(decoder, FSDPModule)
-    decoder.reshard()
+    for module in decoder.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def own(tensor: Tensor) -> Tensor:
