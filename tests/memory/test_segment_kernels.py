@@ -48,6 +48,8 @@ def check_merge(grads: Tensor, segments: Segments, rows: int) -> Tensor:
     assert merge_triton(grads, *place, out) is out
     torch.testing.assert_close(out, merge_naive(grads.double(), segments), rtol=1e-5, atol=1e-5, check_dtype=False)
     assert torch.equal(merge_triton(grads, *place, torch.full_like(out, torch.nan)), out)
+    before = torch.randn_like(out)
+    torch.testing.assert_close(merge_triton(grads, *place, before.clone(), adds=True), before + out)
     return out
 
 

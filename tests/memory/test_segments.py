@@ -43,6 +43,7 @@ def test_merging_equals_its_definition_also_for_rows_that_nobody_reads(
     merged = merge(real, segments)
     out = torch.full((rows, width), torch.nan)
     assert merge(real, segments, out=out) is out and torch.equal(out, merged)
+    assert torch.equal(merge(real, segments, out=out, adds=True), 2 * merged)
     assert merged.dtype == torch.float32
     assert torch.allclose(merged, merge_naive(real, segments), atol=1e-5)
 

@@ -161,8 +161,7 @@ class TouchedRows:
         flat = grad.reshape(-1, grad.shape[-1])
         kept = self.kept[micro]
         reads = (flat if kept is None else flat[kept]).reshape(-1, self.table.dim)
-        merged = merge(reads, self.segments[micro])
-        self.grad = merged if self.grad is None else self.grad.add_(merged)
+        self.grad = merge(reads, self.segments[micro], self.grad, adds=self.grad is not None)
 
     def reduce(self) -> None:
         """Bring the gradients of all who read the rows together: a rank alone has them all."""

@@ -64,11 +64,14 @@ def expand_triton(values: Tensor, inverse: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def merge_triton(grads: Tensor, inverse: Tensor, order: Tensor, starts: Tensor, out: Tensor) -> Tensor:
-    """As :func:`~torch_engram.memory.segments.merge_naive`, from gradients ``[n, dim]`` of any type, in ``out``, fp32
+def merge_triton(
+    grads: Tensor, inverse: Tensor, order: Tensor, starts: Tensor, out: Tensor, adds: bool = False
+) -> Tensor:
+    """As :func:`~torch_engram.memory.segments.merge`, from gradients ``[n, dim]`` of any type, in ``out``, fp32
     ``[U, dim]`` contiguous.
 
-    ``grads``: any distance between rows, numbers of a row side by side.
+    ``grads``: any distance between rows, numbers of a row side by side. ``adds``: to what is in ``out``, of which rows
+    that nobody reads are then left alone.
     """
     rows, dim = out.shape
     assert dim == 1 or grads.stride(1) == 1
@@ -77,7 +80,7 @@ def merge_triton(grads: Tensor, inverse: Tensor, order: Tensor, starts: Tensor, 
     if rows:
         _sum_heads[triton.cdiv(rows, tile), across](
             grads, order, starts, out, reads, rows, dim, stride,
-            PIECE=_PIECE, ROWS=tile, AHEAD=_READS_AHEAD, COLUMNS=columns,
+            PIECE=_PIECE, ROWS=tile, AHEAD=_READS_AHEAD, COLUMNS=columns, ADDS=adds,
         )  # fmt: skip
     cuts = (reads - 1) // _PIECE
     if cuts > 0:
@@ -146,7 +149,7 @@ def _load_reads(grads, order, at, end, column, dim, stride):
 @triton.jit
 def _sum_heads(
     grads, order, starts, out, reads, rows, dim, stride,
-    PIECE: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
+    PIECE: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
     """Each row's sum up to the first cut."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -155,13 +158,16 @@ def _sum_heads(
     end = tl.load(starts + row + 1, mask=row + 1 < rows, other=reads)
     end = tl.minimum(end, (at // PIECE + 1) * PIECE)
     left = tl.max(end - at, axis=0)
+    inside = (row < rows)[:, None] & (column < dim)[None]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    if ADDS:
+        inside = inside & (at < end)[:, None]
+        total += tl.load(out + row[:, None] * dim + column[None], mask=inside, other=0.0)
     while left > 0:
         for ahead in tl.static_range(AHEAD):
             total += _load_reads(grads, order, at + ahead, end, column, dim, stride)
         at += AHEAD
         left -= AHEAD
-    inside = (row < rows)[:, None] & (column < dim)[None]
     tl.store(out + row[:, None] * dim + column[None], total, mask=inside)
 
 

@@ -72,8 +72,8 @@ def merge_naive(grads: Tensor, segments: Segments) -> Tensor:
     return total.index_add_(0, segments.inverse, grads.float())
 
 
-def merge(grads: Tensor, segments: Segments, out: Tensor | None = None) -> Tensor:
-    """Equal to :func:`merge_naive`, and deterministic. In ``out``, fp32 ``[U, dim]``, where given.
+def merge(grads: Tensor, segments: Segments, out: Tensor | None = None, *, adds: bool = False) -> Tensor:
+    """Equal to :func:`merge_naive`, and deterministic. In ``out``, fp32 ``[U, dim]``, where given, or added to it.
 
     Rows of ``grads`` may be any distance apart.
     """
@@ -83,6 +83,8 @@ def merge(grads: Tensor, segments: Segments, out: Tensor | None = None) -> Tenso
         if out is None:
             out = torch.empty(len(segments.starts), grads.shape[1], device=grads.device)
         side_by_side = grads if grads.stride(1) == 1 else grads.contiguous()  # those of a plain sum() all share a place
-        return merge_triton(side_by_side, segments.inverse, segments.order, segments.starts, out)
+        return merge_triton(side_by_side, segments.inverse, segments.order, segments.starts, out, adds)
     merged = F.embedding_bag(segments.order, grads.float(), segments.starts, mode="sum")  # a bag of reads for every row
-    return merged if out is None else out.copy_(merged)
+    if out is None:
+        return merged
+    return out.add_(merged) if adds else out.copy_(merged)
