@@ -215,7 +215,7 @@ def by_rows(
     masks = [None if mask is None else mask.to(stores[5].store.table.device) for mask in live]  # type: ignore[attr-defined]
     for rows in touched:
         rows.fetch([lookup(tables[0].layer) for lookup in lookups.batches], masks)
-    return expanded(touched, torch.bfloat16)
+    return [expanded(touched, micro, torch.bfloat16) for micro in range(len(masks))]
 
 
 def test_only_loaded_tables_of_the_own_device_are_read_so(

@@ -145,17 +145,17 @@ def test_reads_between_steps_see_every_write(make_bank: Make, stores: dict[str, 
     assert same(*runs)
 
 
-def test_all_is_expanded_before_anybody_waits(make_bank: Make, device: torch.device) -> None:
+def test_the_first_is_expanded_before_anybody_waits(make_bank: Make, device: torch.device) -> None:
     bank = make_bank(BY_ORDER, optimizer=RowAdam, device=device)
     step = bank.prefetch(*(Tokens(torch.randint(60, (2, 5), device=device)) for _ in range(2)))
     for layer in (1, 3):
         prepared = step._fetches[layer].result(30)
         assert prepared._done is None or prepared._done.synchronize() is None
-        made = [embeddings.clone() for embeddings in prepared.embeddings]
-        places = [embeddings.data_ptr() for embeddings in prepared.embeddings]
-        waited = [step[micro].wait(layer)["engram"] for micro in range(2)]
-        assert same(made, [leaf.detach() for leaf in waited])
-        assert [leaf.data_ptr() for leaf in waited] == places
+        ((embeddings, _),) = prepared._expanded.values()
+        made = embeddings.clone()
+        waited = step[0].wait(layer)["engram"]
+        assert torch.equal(made, waited.detach())
+        assert waited.data_ptr() == embeddings.data_ptr()
 
 
 def test_only_what_was_written_is_made_again(make_bank: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +163,7 @@ def test_only_what_was_written_is_made_again(make_bank: Make, monkeypatch: pytes
     written, apart = torch.full((1, 4), 5), torch.full((1, 4), 9)
     first, same_rows, others = (bank.prefetch(tokens) for tokens in (written, written, apart))
     ready = [[step._fetches[layer].result(30) for layer in (1, 3)] for step in (same_rows, others)]
-    ahead = [layers[0].embeddings[0] for layers in ready]
+    ahead = [layers[0]._expanded[0][0] for layers in ready]
     before = [embeddings.clone() for embeddings in ahead]
     (first[0].wait(1)["engram"].sum() + first[0].wait(3)["engram"].sum()).backward()
     first.reduce()
@@ -224,7 +224,7 @@ def test_a_closed_step_holds_no_embeddings(make_bank: Make) -> None:
     step[0].wait(1)
     prepared = [step._fetches[layer].result(30) for layer in (1, 3)]
     step.discard()
-    assert all(layer.embeddings == [] for layer in prepared)
+    assert all(not layer._expanded for layer in prepared)
     assert step.touched > 0
 
 

@@ -49,6 +49,29 @@ def test_shapes_and_layers(make_bank: Make) -> None:
         bank.prefetch()
 
 
+def test_embeddings_go_with_their_gradient_and_come_again(make_bank: Make) -> None:
+    """So that a step of many micro-batches holds no more of them than one of two."""
+    step = make_bank(optimizer=RowAdam).prefetch(*(ids(2, 7) for _ in range(4)))
+    held, before = [], []
+    for micro in range(4):
+        leaf = step[micro].wait(1)["engram"]
+        held.append(weakref.ref(leaf))
+        before.append(leaf.detach().clone())
+        leaf.square().sum().backward()
+        del leaf
+    gc.collect()
+    assert [each() for each in held] == [None] * 4
+    merged = step._rows[1][0].total_grad().clone()
+    for micro in reversed(range(4)):
+        out = torch.empty_like(before[micro])
+        assert torch.equal(step.expand(1, micro, out), before[micro])
+        assert torch.equal(step.expand(1, micro, out), before[micro])
+        again = step[micro].wait(1)["engram"]
+        assert torch.equal(again, before[micro])
+        again.square().sum().backward()
+    torch.testing.assert_close(step._rows[1][0].total_grad(), 2 * merged)
+
+
 def test_untouched_rows_keep_their_bytes_and_touched_ones_count(make_bank: Make, every_record: Records) -> None:
     bank = make_bank(optimizer=RowAdam)
     before = every_record(bank)

@@ -180,9 +180,9 @@ class MemoryBank:
         """Begin to fetch the rows of one optimiser step's micro-batches; returns at once.
 
         May be called any number of steps ahead: rows that change in between are done again at the first wait, and
-        nothing else is. Each step ahead holds its rows with their planes, and the embeddings ``[B, T, E]`` of every
-        layer and micro-batch, until it is applied or discarded. An id outside the vocabulary raises where the memory is
-        waited for.
+        nothing else is. Each step ahead holds its rows with their planes until it is applied or discarded, and the
+        embeddings ``[B, T, E]`` of its first micro-batch; further ones' are made one ahead, and all are held until
+        their gradient is merged. An id outside the vocabulary raises where the memory is waited for.
         """
         if not micro_batches:
             raise ValueError("prefetch() got no tokens: pass one micro-batch or more.")

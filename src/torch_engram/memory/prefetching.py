@@ -90,7 +90,7 @@ class Prefetcher:
             torch.cuda.current_stream(self._device).wait_stream(self._finding)
 
     def fetch(self, rows: Rows, lookups: Future[Lookups], live: Sequence[Tensor | None]) -> Prepared:
-        """Have ``rows`` fetched and expanded for micro-batches with these masks, each layer when it is ready.
+        """Have ``rows`` fetched for micro-batches with these masks, and expanded for the first, each layer by itself.
 
         What has begun is not cancelled any more.
         """
@@ -126,7 +126,8 @@ class Prefetcher:
                 masks = [None if mask is None else mask.to(self._device) for mask in live]
                 for touched in tables:
                     touched.fetch(found, masks)
-                prepared.set_result(PreparedLayer(tables, expanded(tables, self._dtype), self.aside))
+                ahead = [] if self._together else [expanded(tables, 0, self._dtype)]  # not before rows have come
+                prepared.set_result(PreparedLayer(tables, ahead, self.aside, self._dtype))
         except BaseException as error:
             prepared.set_exception(error)
 

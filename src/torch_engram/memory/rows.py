@@ -1,6 +1,6 @@
 """The rows of one table that one step touches: fetched once, expanded for every micro-batch, merged, written back.
 
-Fetch and expansion run ahead of the step. In the step itself only rows that were written since are done again.
+The fetch and the first expansion run ahead of the step, in which only rows that were written since are done again.
 """
 
 from __future__ import annotations
@@ -92,10 +92,6 @@ class TouchedRows:
         live = [part if kept is None else part[kept] for part, kept in zip(flat, self.kept, strict=True)]
         return [part.reshape(-1) for part in live]
 
-    def expand_ahead(self, micro: int, out: Tensor) -> None:
-        """:meth:`expand`, as far as that can be done before the step."""
-        self.expand(micro, out)
-
     def expand(self, micro: int, out: Tensor) -> None:
         """Write the rows of micro-batch ``micro`` to their positions in ``out`` ``[B, T, c·dim]``, and zero to dead
         positions."""
@@ -119,7 +115,7 @@ class TouchedRows:
 
     def catch_up(self, expanded: Sequence[Tensor]) -> None:
         """Lay missed writes over the rows, which are then those of the newest epoch, and over what :meth:`expand` gave
-        for each micro-batch, where it reads a row that changed."""
+        for the first micro-batches, where it reads a row that changed."""
         assert self.planes is not None, "fetch comes before catch_up"
         if self.is_stale:
             changed = self.source.lay_over(self.planes, self.epoch, self.table.space)

@@ -44,9 +44,6 @@ class ShardedRows(TouchedRows):
         assert self._read is not None, "catch_up comes before the rows are read"
         return self._read
 
-    def expand_ahead(self, micro: int, out: Tensor) -> None:
-        """Nothing: what other ranks hold comes when it is up to date."""
-
     @property
     def is_stale(self) -> bool:
         """See :class:`TouchedRows`; rows that have not come are."""
@@ -59,9 +56,7 @@ class ShardedRows(TouchedRows):
             assert self.planes is not None
             stored = self.planes.read.to(_WIRE[self.source.format.layout.plane("value").codec])
             self._read = self._route.answer(stored[self._asked.inverse])
-            for micro, out in enumerate(expanded):
-                self.expand(micro, out)
-            self._read, self._has_come = None, True
+            self._has_come = True
 
     def used_on(self, stream: torch.cuda.Stream) -> None:
         """See :class:`TouchedRows`."""

@@ -90,7 +90,7 @@ class WorkingSet:
     # -- reading --------------------------------------------------------------------------------------------------
 
     def _layer(self, layer: int) -> PreparedLayer:
-        """The layer, fetched, expanded and up to date."""
+        """The layer, fetched and up to date."""
         prepared = self._fetches[layer].result()
         prepared.ready()
         return prepared
@@ -104,7 +104,7 @@ class WorkingSet:
     def _embeddings(self, layer: int, micro: int) -> Tensor:
         if self.done:
             raise ValueError("This working set was applied or discarded: prefetch the tokens again.")
-        return self._layer(layer).embeddings[micro]
+        return self._fetches[layer].result().embeddings(micro)
 
     def _wait(self, layer: int, micro: int) -> dict[str, Tensor]:
         if layer not in self._rows:
@@ -124,7 +124,10 @@ class WorkingSet:
         embeddings = self._embeddings(layer, micro)
         if out.shape != embeddings.shape:
             raise ValueError(f"The embeddings of layer {layer} are {list(embeddings.shape)}, not {list(out.shape)}.")
-        return out.copy_(embeddings)
+        out.copy_(embeddings)
+        if (layer, micro) not in self._leaves:
+            self._fetches[layer].result().let_go(micro)
+        return out
 
     def merge(self, layer: int, micro: int, grad: Tensor) -> None:
         """Add a gradient of what :meth:`expand` gave, ``[B, T, E]``, to the rows' own. A leaf from :meth:`Memory.wait`
@@ -133,7 +136,8 @@ class WorkingSet:
         self._layer(layer).merge(micro, grad)
 
     def _listen(self, leaf: Tensor, layer: int, micro: int) -> Tensor:
-        """Merge the leaf's gradient in the backward, as soon as it is there, so that no two are held at once."""
+        """Merge the leaf's gradient in the backward, as soon as it is there, so that no two are held at once; the
+        embeddings are then held by nobody here."""
         this = weakref.ref(self)  # the leaf must not keep its working set alive
 
         def merge(leaf: Tensor) -> None:
@@ -143,6 +147,8 @@ class WorkingSet:
             if leaf.grad is not None:
                 working_set.merge(layer, micro, leaf.grad)
             leaf.grad = None
+            working_set._leaves.pop((layer, micro), None)
+            working_set._fetches[layer].result().let_go(micro)
 
         leaf.requires_grad_().register_post_accumulate_grad_hook(merge)
         return leaf
