@@ -49,6 +49,8 @@ SMALL = Sizes(batch_size=2, seq_len=32, accumulation=2, hidden=64, vocab=512)
 
 def main() -> None:
     on_gpus = torch.cuda.device_count() >= RANKS
+    # Two trainers in one process leave each other's memory in pieces that neither can use.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -70,6 +72,9 @@ def measure(rank: int, folder: str, port: int, on_gpus: bool) -> None:
         faulthandler.cancel_dump_traceback_later()
         count_bytes(stand, runs["divided"], group)
         times(stand, runs, group)
+        if on_gpus:
+            retries = torch.cuda.memory_stats()["num_alloc_retries"]
+            print(f"rank {rank}: {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB, {retries} retries", flush=True)
         for trainer in runs.values():
             for bank in trainer.banks.values():
                 bank.flush()

@@ -48,7 +48,7 @@ def state(trainer: Trainer) -> dict[str, Tensor]:
     for number, optimizer in enumerate(trainer.optimizers):
         for index, values in optimizer.state_dict()["state"].items():
             found |= {f"optimizer {number}.{index}.{key}": value for key, value in values.items()}
-    kept = {name: tensor.detach().clone() for name, tensor in trainer.ranks.whole(found).items()}
+    kept = {name: tensor.detach().cpu().clone() for name, tensor in trainer.ranks.whole(found).items()}
     return kept | {f"{name} {n}": rows for name, bank in trainer.banks.items() for n, rows in enumerate(held(bank))}
 
 
