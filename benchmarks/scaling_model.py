@@ -48,7 +48,6 @@ def inputs() -> dict[str, Input]:
     run = "host-table-step"
     return {
         "tokens": Input("tokens a GPU and step", 262_144, "tokens", "`host_table_gpu.py`: 4 micro-batches of 65,536"),
-        "micro-batches": Input("micro-batches a step", 4, "", "`host_table_gpu.py`"),
         "parameters": Input("parameters of the network", 153_390_336, "", "counted: the model of `host_table_gpu.py`"),
         "value": Input("a row's value, bf16", 128, "bytes", "64 numbers, as they cross and are stored"),
         "gradient": Input("a row's gradient, fp32", 256, "bytes", "64 numbers"),
@@ -137,9 +136,8 @@ class Scale:
 
     @property
     def backbone(self) -> float:
-        """FSDP2's bytes: fp32 parameters gathered for the forward and the backward of every micro-batch, their
-        gradients scattered once a step."""
-        return 4 * self.given["parameters"] * (2 * self.given["micro-batches"] + 1) * self.off_rank
+        """FSDP2's bytes: fp32 parameters gathered and their gradients scattered, both once a step."""
+        return 4 * self.given["parameters"] * 2 * self.off_rank
 
     def milliseconds(self, count: float, rate: str) -> float:
         """Of so many bytes."""

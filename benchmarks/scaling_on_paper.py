@@ -13,7 +13,7 @@ import csv
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from scaling_model import RESULTS, TABLES, Scale, Text, inputs
+from scaling_model import RESULTS, TABLES, Scale, Text, inputs, latest
 
 ROOT = Path(__file__).parents[1]
 CSV, PAGE = RESULTS / "scaling-on-paper.csv", ROOT / "docs" / "scaling.md"
@@ -95,17 +95,28 @@ BYTES = {
 """Cases of the first table: what they are, and in what they are told."""
 
 
-CHECKED = (
-    ("distinct rows that a GPU reads", "distinct-read", 1e6, "M"),
-    ("distinct rows that it holds and anybody reads", "distinct-owned", 1e6, "M"),
-    ("ids to other GPUs", "id-bytes", 1e6, "MB"),
-    ("rows to other GPUs", "value-bytes", 1e6, "MB"),
-    ("row gradients to other GPUs", "gradient-bytes", 1e6, "MB"),
-    ("host bus", "time: host bus", 1.0, "ms"),
-    ("rows and gradients over NVLink", "time: rows and gradients, NVLink", 1.0, "ms"),
-    ("exposed exchange", "share: rows and gradients, NVLink", 0.01, "% of the step"),
-)
-"""What runs on one and two GPUs can show: what it is, its case, and in what it is told."""
+def checked(values: Values) -> list[list[str]]:
+    """What is calculated for one and two GPUs beside what runs on them measured: what it is, both, and the claim."""
+    one, exchange, exposed, two = (
+        latest(claim) for claim in ("host-table-step", "exchange-bytes", "exposed-exchange", "two-gpu-scaling")
+    )
+    waited, step = values["time: rows and gradients, NVLink"][2], two["step-alone"]
+    sent = sum(values[f"{part}-bytes"][2] for part in ("id", "value", "gradient"))
+    return [
+        [f"{gpus} GPU{'s' if gpus > 1 else ''}: {what}", f"{number(calculated)} {unit}", f"{number(found)} {unit}", claim]
+        for gpus, what, calculated, found, unit, claim in (
+            (1, "records over the host's bus, alone", values["time: host bus"][1],
+             one["fetch-alone"] + one["write-alone"], "ms", "host-table-step"),
+            (1, "what of it a step shows", 0.0,
+             one["step-largest"] - one["step-10M-rows-in-HBM"], "ms", "host-table-step"),
+            (2, "ids, rows and gradients to the other", sent / 1e6, exchange["sent"], "MB", "exchange-bytes"),
+            (2, "rows and gradients over NVLink", waited, two["step-divided"] - two["step-unsent"], "ms",
+             "two-gpu-scaling"),
+            (2, "exposed exchange", 100 * waited / step, 100 * exposed["divided"], "% of the step", "exposed-exchange"),
+            (2, "tokens a second over one GPU's", 2 * step / (step + waited), two["two-over-one"], "times",
+             "two-gpu-scaling"),
+        )
+    ]  # fmt: skip
 
 
 def tables() -> dict[str, str]:
@@ -119,11 +130,6 @@ def tables() -> dict[str, str]:
 
     given = [[one.what, number(one.value), one.unit, one.source] for one in inputs().values()]
     in_bytes = [[what, *cells(values[case], GPUS, scale, unit)] for case, (what, scale, unit) in BYTES.items()]
-    checked = [
-        [what, *cells(values[case], (1, 2), scale, unit), "not measured yet", "not measured yet"]
-        for what, case, scale, unit in CHECKED
-    ]
-    beside = ["", "1 GPU, calculated", "2 GPUs, calculated", "1 GPU, measured", "2 GPUs, measured"]
     return {
         "inputs": table(["what", "value", "unit", "source"], given),
         "bytes": table(head, in_bytes),
@@ -131,7 +137,7 @@ def tables() -> dict[str, str]:
         "binding": table(head, [*of("binds: ", 1.0, "ms"), first_to_bind(values)]),
         "needs": table(head, of("needed: ", 1.0, "GB/s")),
         "mends": table(head, of("exposed: ", 0.01, "%")),
-        "checked": table(beside, checked),
+        "checked": table(["", "calculated", "measured", "claim"], checked(values)),
     }
 
 

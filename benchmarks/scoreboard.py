@@ -42,14 +42,15 @@ def table() -> str:
     lines = ["| claim | what is measured | goal | measured | met | device |", "|---|---|---|---|---|---|"]
     for claim in claims():
         rows = latest(claim["id"])
-        for case in claim["cases"]:
+        for place, case in enumerate(claim["cases"]):
             row = rows.get(case)
             measured, reached, device = ("not yet", "", "")
             if row is not None:
                 measured = f"{number(row['value'])} {claim['unit']}"
                 reached, device = "yes" if met(claim["goal"], row["value"]) else "**no**", row["device"]
             goal = claim["goal"].replace(">=", "≥").replace("<=", "≤")
-            what = claim["what"] if len(claim["cases"]) == 1 else f"{claim['what']}: `{case}`"
+            what = claim["what"] if place == 0 else "the same"
+            what += f": `{case}`" if len(claim["cases"]) > 1 else ""
             cells = (f"[{claim['id']}]({claim['script']})", what, f"{goal} {claim['unit']}")
             lines.append("| " + " | ".join((*cells, measured, reached, device)) + " |")
     return "\n".join(lines)
