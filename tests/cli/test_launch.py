@@ -50,6 +50,13 @@ def test_an_error_of_ours_keeps_its_traceback(fail):
 
 def test_ranks_that_only_lost_each_other(fail):
     assert str(reason(fail(0, 1), fail(1, -signal.SIGTERM))).startswith("Rank 0 was stopped (exit code 1); ")
+    lost = ConnectionError("NCCL error: unhandled system error")
+    told = str(reason(fail(0, 1, lost), fail(1, -signal.SIGTERM)))
+    assert told.startswith(
+        "The ranks lost each other, and none says why it stopped (NCCL error: unhandled system error); "
+    )
+    assert str(reason(fail(0, 1, lost), fail(1, -signal.SIGKILL))).startswith("Rank 1 was stopped (SIGKILL")
+    assert str(reason(fail(0, 1, lost), fail(1, 1, TypeError("odd")))) == "Rank 1 failed: TypeError: odd"
 
 
 def test_an_interruption_is_none(fail):

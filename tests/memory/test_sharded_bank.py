@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -127,6 +128,39 @@ def test_tables_divided_over_ranks_train_as_one_does() -> None:
                 for rank, run in enumerate(runs):
                     mine, theirs = run["held"][table].view(torch.float32), whole[rank::ranks].view(torch.float32)
                     torch.testing.assert_close(mine, theirs, **close)
+
+
+def give_up_once(bad: int) -> tuple[str, list[Tensor]]:
+    """What a step is refused with in which rank ``bad`` has a token that is in no vocabulary, and then the run."""
+    rank = dist.get_rank()
+    bank = make(group=dist.group.WORLD)
+    ahead = [bank.prefetch(*batch(0, rank))]
+    ahead.append(bank.prefetch(torch.tensor([[99]])) if rank == bad else bank.prefetch(*batch(7, rank)))
+    ahead.append(bank.prefetch(*batch(1, rank)))
+    with pytest.raises(ValueError) as refused:
+        ahead.pop(1)[0].wait(1)
+    seen = []
+    for step in ahead:
+        seen += backward(step, 1.0, range(2))
+        step.reduce()
+        step.apply()
+    return str(refused.value), [*seen, *held(bank)]
+
+
+def test_a_rank_that_gives_a_step_up_tells_all_and_no_later_one_is_spoilt() -> None:
+    ranks = 2
+    (told, run), (why, _) = run_ranks(ranks, give_up_once, 1)
+    assert told == "Rank 1 found no rows for this step, and says why where it runs." and "99" in why
+    bank, seen = make(), []
+    for number in range(2):
+        step = bank.prefetch(*[micro for rank in range(ranks) for micro in batch(number, rank)])
+        seen += backward(step, 1 / ranks, range(2 * ranks))[:4]  # those of rank 0
+        step.reduce()
+        step.apply()
+    expected = [*seen, *(rows[::ranks] for rows in held(bank))]
+    for mine, theirs in zip(run, expected, strict=True):
+        exact = mine.view(torch.float32), theirs.view(torch.float32)
+        torch.testing.assert_close(*exact, rtol=1e-4, atol=1e-5)
 
 
 def _by_step(runs: list[dict[str, list[Tensor]]], what: str) -> list[Tensor]:

@@ -35,7 +35,7 @@ from torch_engram.train.ranks import joined, require_gpus
 _LAUNCHED = "ENGRAM_LAUNCHED"  # in the environment of ranks that launch() started, which tell their reason to it alone
 _SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 _INTERRUPTED = 130
-_MISTAKE = "ValueError: "
+_MISTAKE, _LOST = "ValueError: ", "ConnectionError: "
 _GOES_ON = "the newest checkpoint is whole: go on with --resume"
 
 
@@ -114,6 +114,9 @@ def _reason(failures: Mapping[int, ProcessFailure]) -> Exception:
         return typer.Exit(_INTERRUPTED)
     first = min(failures.values(), key=lambda failure: (_order(failure), failure.timestamp, failure.local_rank))
     rank, told = first.local_rank, _told(first)
+    if told is not None and told["message"].startswith(_LOST):
+        said = told["message"].removeprefix(_LOST)
+        return RuntimeError(f"The ranks lost each other, and none says why it stopped ({said}); {_GOES_ON}.")
     if told is None:
         how = first.signal_name() if first.exitcode < 0 else f"exit code {first.exitcode}"
         hint = ", which the system does where memory runs out" if first.exitcode == -signal.SIGKILL else ""
@@ -128,8 +131,8 @@ def _reason(failures: Mapping[int, ProcessFailure]) -> Exception:
 def _order(failure: ProcessFailure) -> int:
     told = _told(failure)
     if told is not None:
-        return 0 if told["message"].startswith(_MISTAKE) else 2
-    return 1 if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM else 3
+        return next((order for order, begins in ((0, _MISTAKE), (3, _LOST)) if told["message"].startswith(begins)), 2)
+    return 1 if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM else 4
 
 
 def _told(failure: ProcessFailure) -> Mapping[str, Any] | None:
@@ -166,6 +169,7 @@ def _tell(error: Exception) -> None:
         ErrorHandler().record_exception(ValueError(said))
     elif isinstance(error, DistError) or any(word in str(error) for word in ("gloo/", "by peer", "NCCL")):
         said = f"Another rank stopped, and its own message says why; {_GOES_ON}."
+        ErrorHandler().record_exception(ConnectionError(str(error).strip().partition("\n")[0]))
     else:
         said = traceback.format_exc()
         ErrorHandler().record_exception(error)

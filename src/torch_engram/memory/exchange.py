@@ -18,6 +18,8 @@ from torch_engram.stores import Shard
 
 _KINDS = OSError, ValueError
 """Errors that whoever reads them can mend."""
+_GIVEN_UP = -1
+"""In place of how many rows a rank asks for."""
 
 
 class Exchange:
@@ -31,15 +33,28 @@ class Exchange:
         self._ahead = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
 
     def route(self, rows: Tensor) -> Route:
-        """Ask for distinct ``rows`` int64 ``[U]`` of one table where they are held. Waits for the device."""
+        """Ask for distinct ``rows`` int64 ``[U]`` of one table where they are held. Waits for the device.
+
+        Raises ``ValueError`` naming a rank that gave up.
+        """
         owners = self.shard.owners(rows)
         order = owners.argsort(stable=True)
         asks = torch.bincount(owners, minlength=self.shard.ranks).cpu()
-        asked = torch.empty_like(asks)
-        dist.all_to_all_single(asked, asks, group=self._ahead)
-        sent, come = asks.tolist(), asked.tolist()
+        sent, come = asks.tolist(), self._told(asks).tolist()
+        if _GIVEN_UP in come:
+            raise ValueError(f"Rank {come.index(_GIVEN_UP)} found no rows for this step, and says why where it runs.")
         own = self.shard.own_number(rows)[order].cpu()
         return Route(self.group, order, sent, come, swap(own, sent, come, self._ahead).to(rows.device))
+
+    def give_up(self) -> None:
+        """In place of :meth:`route`, where there is nothing to ask for: all ranks then raise, and none waits."""
+        self._told(torch.full((self.shard.ranks,), _GIVEN_UP))
+
+    def _told(self, each: Tensor) -> Tensor:
+        """One number of every rank for this one, int64 ``[ranks]``, against ``each`` of this one's for the others."""
+        told = torch.empty_like(each)
+        dist.all_to_all_single(told, each, group=self._ahead)
+        return told
 
     def norm(self, own: Tensor) -> Tensor:
         """The norm of what all ranks hold from that of what this one does, a scalar."""

@@ -129,7 +129,11 @@ class Prefetcher:
                 ahead = [] if self._together else [expanded(tables, 0, self._dtype)]  # not before rows have come
                 prepared.set_result(PreparedLayer(tables, ahead, self.aside, self._dtype))
         except BaseException as error:
-            prepared.set_exception(error)
+            try:
+                for touched in tables:
+                    touched.give_up()
+            finally:
+                prepared.set_exception(error)
 
     def _begin(self, fetch: Fetch, prepared: Prepared, rows: Rows) -> None:
         """All layers at once, as far as that goes without waiting for rows."""

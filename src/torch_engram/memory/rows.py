@@ -69,6 +69,9 @@ class TouchedRows:
             group = torch.cat(self._reads([mix[..., list(self.table.orders)] for mix, _ in lookups]))[first_read]
         self._bring(ids, group)
 
+    def give_up(self) -> None:
+        """In place of :meth:`fetch`, or after it failed: nobody else waits for these rows."""
+
     def _see_writes(self) -> None:
         if self.waits_for > self.epoch:
             self.source.wait(self.waits_for)

@@ -28,10 +28,16 @@ class ShardedRows(TouchedRows):
         super().__init__(table, source)
         self._exchange = exchange
         self._read: Tensor | None = None
-        self._has_come = False
+        self._has_come = self._has_asked = False
+
+    def give_up(self) -> None:
+        """See :class:`TouchedRows`: the other ranks are told, as far as they wait for it."""
+        if not self._has_asked:
+            self._exchange.give_up()
 
     def _bring(self, ids: Tensor, group: Tensor | None) -> None:
         shard = self._exchange.shard
+        self._has_asked = True
         self._route = self._exchange.route(ids)
         self._reads_here = len(ids)
         own, _, self._asked = unique_rows(self._route.asked, shard.count(self.table.rows))
