@@ -23,7 +23,7 @@ from torch_engram.train.build import require_capture
 from torch_engram.train.evaluate import _share
 from torch_engram.train.guards import deterministic_kernels
 from torch_engram.train.metrics import read_metrics
-from torch_engram.train.ranks import Ranks
+from torch_engram.train.ranks import Ranks, _own_gpu, require_different
 
 STEPS = 4
 DENSE = ("weight", "optimizer")
@@ -229,3 +229,15 @@ def test_ranks_share_a_split(text, size, wanted):
 def test_what_ranks_cannot_do_is_refused(make_recipe):
     with pytest.raises(ValueError, match=r"capture=true is for one process, .* 2 ranks: set capture=false"):
         require_capture(make_recipe(capture=True, device="cuda"), 2)
+
+
+def test_ranks_have_a_gpu_each(monkeypatch):
+    require_different(["a", "b", "c"])
+    with pytest.raises(ValueError, match="Ranks 1 and 3 see the same GPU alone: give each its own, or all to all"):
+        require_different(["a", "b", "c", "b"])
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)  # by whoever started the ranks
+    assert [_own_gpu(rank, 4) for rank in range(4)] == [0] * 4
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert [_own_gpu(rank, 3) for rank in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="4 ranks with device=cuda need a GPU each, and PyTorch sees 3: start 3"):
+        _own_gpu(0, 4)

@@ -7,7 +7,7 @@ one rank of several. The loop asks them alike.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -205,18 +205,30 @@ def launched_ranks() -> int:
 def joined(device: str) -> Iterator[dist.ProcessGroup | None]:
     """The group of all ranks that this process was started among, on a GPU of its own; None where it is alone.
 
-    Raises ``ValueError`` when there are more ranks than GPUs.
+    Raises ``ValueError`` when there are more ranks than GPUs, or two have the same one.
     """
     if launched_ranks() == 1:
         yield None
         return
     if device == "cuda":
-        require_gpus(int(os.environ["LOCAL_WORLD_SIZE"]))
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(_own_gpu(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    if device == "cuda":
+        every: list[Any] = [None] * dist.get_world_size()
+        mine = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        dist.all_gather_object(every, mine, group=dist.new_group(backend="gloo"))
+        require_different(every)
     yield dist.group.WORLD
     dist.all_reduce(torch.zeros(()))  # none leaves before the last one is here, or it might be taken for one that died
     dist.destroy_process_group()
+
+
+def _own_gpu(local_rank: int, ranks: int) -> int:
+    """The one that this process sees, where whoever started it gave each rank its own; or one of all."""
+    if torch.cuda.device_count() == 1:
+        return 0
+    require_gpus(ranks)
+    return local_rank
 
 
 def require_gpus(ranks: int) -> None:
@@ -224,3 +236,11 @@ def require_gpus(ranks: int) -> None:
     there = torch.cuda.device_count()
     if ranks > there:
         raise ValueError(f"{ranks} ranks with device=cuda need a GPU each, and PyTorch sees {there}: start {there}.")
+
+
+def require_different(gpus: Sequence[str]) -> None:
+    """Raises ``ValueError`` when two ranks have the same GPU, by what each rank's is called."""
+    first: dict[str, int] = {}
+    for rank, gpu in enumerate(gpus):
+        if first.setdefault(gpu, rank) != rank:
+            raise ValueError(f"Ranks {first[gpu]} and {rank} see the same GPU alone: give each its own, or all to all.")
