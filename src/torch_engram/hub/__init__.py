@@ -7,6 +7,21 @@ except ImportError as error:
         "torch_engram.hub needs transformers 5.17 or newer: pip install 'torch-engram[hf]', or '.[hf]' in a clone."
     ) from error
 
+from torch_engram.hub.attach import attach, config_for
+from torch_engram.hub.attached import Attached, memories_of
+from torch_engram.hub.loading import from_pretrained, load_memory
 from torch_engram.hub.qwen_ple import ServedPle, serve_ple, without_ple_tables
+from torch_engram.hub.saved import save_memory
 
-__all__ = ["ServedPle", "serve_ple", "without_ple_tables"]
+__all__ = [
+    "Attached",
+    "ServedPle",
+    "attach",
+    "config_for",
+    "from_pretrained",
+    "load_memory",
+    "memories_of",
+    "save_memory",
+    "serve_ple",
+    "without_ple_tables",
+]

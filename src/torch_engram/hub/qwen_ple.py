@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.qwen4_exp import modeling_qwen4_exp as qwen
 
+from torch_engram.hub.cache_state import cache_among
 from torch_engram.hub.qwen_hash import ngram_mixes, row_ids
 from torch_engram.hub.qwen_lookup import AbsentTable, ServedTable
 from torch_engram.hub.qwen_tables import (
@@ -172,13 +173,13 @@ class ServedPle:
             return
         for layer, embedding in self._embeddings.items():
             if tokens.device == embedding.layer_multipliers.device:
-                cache = _cache_of(named)
+                cache = cache_among(named)
                 ahead[layer] = tokens, cache, self._ask(layer, embedding, tokens, cache)
 
     def _before_lookup(self, layer: int, embedding: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Let the lookup that follows take the rows that were asked for, if they are of these very tokens and cache."""
         given = dict(zip(("input_ids", "cache"), args, strict=False)) | named
-        tokens, cache = given["input_ids"], _cache_of(given)
+        tokens, cache = given["input_ids"], cache_among(given)
         asked = (getattr(self._calls, "ahead", None) or {}).pop(layer, None)
         if asked is not None and asked[0] is tokens and asked[1] is cache:
             self._calls.due = asked[2]
@@ -195,11 +196,6 @@ class ServedPle:
         memory, self._calls.due = self._calls.due, None
         embeddings: Tensor = memory.wait(layer)[self.bank.name]
         return embeddings
-
-
-def _cache_of(given: dict[str, Any]) -> Any:
-    """The cache among a call's arguments, by its name or the one that it had in transformers 5.17."""
-    return given.get("cache", given.get("past_key_values"))
 
 
 def _save_elsewhere(model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **named: Any) -> Any:

@@ -165,6 +165,19 @@ class TouchedRows:
     def reduce(self) -> None:
         """Bring the gradients of all who read the rows together: a rank alone has them all."""
 
+    def absorb(self, other: TouchedRows) -> None:
+        """Take over the rows of another fetch of this table, and their gradients; both are of the newest epoch."""
+        assert self.planes is not None and other.planes is not None, "fetch comes before absorb"
+        both = torch.cat((self.keys, other.keys))
+        keys, place = both.unique(return_inverse=True)
+        read_at = torch.empty_like(keys).scatter_(0, place, torch.arange(len(both), device=both.device))
+        grads = torch.zeros(len(keys), self.table.dim, device=self.device)
+        for part, own in zip(place.split((len(self.keys), len(other.keys))), (self, other), strict=True):
+            grads.index_add_(0, part, own.total_grad())  # each row once, so in no order
+        records = torch.cat((self.planes.encode(), other.planes.encode()))
+        self.planes = DecodedRows(self.source.format, keys, records[read_at])
+        self.keys, self.grad = keys, grads
+
     def total_grad(self) -> Tensor:
         """The gradient fp32 ``[U, dim]``, zero for rows that were read but got none."""
         if self.grad is None:

@@ -181,6 +181,22 @@ class WorkingSet:
         self._bank._bind(self, self._all_rows())
         self._state = "reduced"
 
+    def absorb(self, other: WorkingSet) -> None:
+        """Take over the rows and gradients of another working set of this bank and step, which is then discarded.
+
+        For loops that meet one micro-batch after the other, and know them all only when the last backward is done.
+        Raises ``ValueError`` for another bank's, and where rows are divided over ranks.
+        """
+        self._expect("open", "absorb() comes before reduce()")
+        if not other.of(self._bank) or self._bank.exchange is not None:
+            raise ValueError("A working set takes over those of its own bank alone, and of rows that one rank holds.")
+        for step in (self, other):
+            for layer in self._rows:
+                step._layer(layer).join()
+        for mine, theirs in zip(self._all_rows(), other._all_rows(), strict=True):
+            mine.absorb(theirs)
+        other.discard()
+
     def norm(self) -> Tensor:
         """The Euclidean norm of all row gradients, those of all ranks, a scalar; it counts what clipping has done to
         them. Collective, where rows are divided over ranks."""

@@ -1,0 +1,123 @@
+"""Give a model a memory: what fits it, what is checked before anything changes, and what keeps its memories."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from torch_engram.addressing import CanonicalVocab
+from torch_engram.config import EngramConfig
+from torch_engram.hub.attached import ATTRIBUTE, Attached, embedding_of, memories_of
+from torch_engram.hub.blocks import Blocks, find_blocks
+from torch_engram.hub.saved import MEMORIES, save_memory
+from torch_engram.memory import MemoryBank
+from torch_engram.optim import RowAdam, RowOptimizer
+
+_MISFIT = "EngramConfig.{} is {}, and the {} has {}: use config_for(model, tokenizer, ...)."
+MakeOptimizer = Callable[[list[nn.Parameter]], RowOptimizer]
+
+
+def config_for(model: nn.Module, tokenizer: Any, *, blocks: str | None = None, **fields: Any) -> EngramConfig:
+    """An :class:`EngramConfig` with the width, the branches and the canonical vocabulary that fit a model and its
+    tokenizer. ``fields``: the others, ``layers`` among them."""
+    found, vocab = find_blocks(model, blocks), CanonicalVocab.of(tokenizer)
+    return EngramConfig(hidden=found.hidden, branches=found.branches, vocab_size=vocab.size, **fields)
+
+
+def attach(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    config: EngramConfig,
+    *,
+    name: str = "memory",
+    optimizer: MakeOptimizer | None = RowAdam,
+    blocks: str | None = None,
+    **options: Any,
+) -> Attached:
+    """Give ``model`` a memory, and freeze its own weights: the memory alone is trained, until others are unfrozen.
+
+    ``optimizer``: of the rows, as :class:`MemoryBank` takes it; None for a memory that is only read. ``blocks``: the
+    path of the list of decoder blocks, where it is not found. ``options``: ``placement``, ``cache``, ``codec``,
+    ``tables`` and ``seed``, as for :class:`MemoryBank`. Rows start at zero: the model's logits are what they were.
+
+    Raises ``ValueError`` naming what does not fit: the model, a layer, the tokenizer, the configuration.
+    """
+    found, vocab = find_blocks(model, blocks), CanonicalVocab.of(tokenizer)
+    _require_fit(model, found, config, name)
+    if config.vocab_size != vocab.size:
+        raise ValueError(_MISFIT.format("vocab_size", config.vocab_size, "tokenizer", vocab.size))
+    weight = embedding_of(model)
+    bank = MemoryBank(
+        config, vocab, optimizer=optimizer, name=name, device=weight.device, dtype=weight.dtype, **options
+    )
+    return attach_bank(model, found, bank)
+
+
+def attach_bank(model: PreTrainedModel, blocks: Blocks, bank: MemoryBank) -> Attached:
+    """:func:`attach` with a bank that is there already. Raises ``ValueError`` where it does not fit the model."""
+    _require_fit(model, blocks, bank.config, bank.name)
+    memory = Attached(model, blocks, bank)
+    if not hasattr(model, ATTRIBUTE):
+        model.add_module(ATTRIBUTE, _Memories(model))
+    getattr(model, ATTRIBUTE)[bank.name] = memory
+    return memory
+
+
+def _require_fit(model: nn.Module, blocks: Blocks, config: EngramConfig, name: str) -> None:
+    """Before anything is changed."""
+    kind, layers = type(model).__name__, len(blocks.all)
+    for field, has in (("hidden", blocks.hidden), ("branches", blocks.branches)):
+        if getattr(config, field) != has:
+            raise ValueError(_MISFIT.format(field, getattr(config, field), "model", has))
+    if config.layers[-1] >= layers:
+        raise ValueError(f"{kind} has {layers} blocks, 0 to {layers - 1}, and no block {config.layers[-1]}.")
+    if name in memories_of(model):
+        raise ValueError(f"{kind} has a memory {name!r} already: detach it first, or give this one another name.")
+    if not name.isidentifier():
+        raise ValueError(f"{name!r} is no name for a memory: use letters, digits and underscores.")
+
+
+class _Memories(nn.ModuleDict):
+    """A model's memories, which are not of its state dict: they are saved in folders of their own. While there are any,
+    the model's own weights are frozen as far as nobody unfreezes them."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self._trained = [weight for weight in model.parameters() if weight.requires_grad]
+        for weight in self._trained:
+            weight.requires_grad_(False)
+        vars(model)["save_pretrained"] = _saving_memories(model)
+
+    def remove(self, name: str, model: PreTrainedModel) -> None:
+        """Forget a memory; with the last one, give the model back."""
+        del self[name]
+        if not len(self):
+            vars(model).pop("save_pretrained", None)
+            delattr(model, ATTRIBUTE)
+            for weight in self._trained:
+                weight.requires_grad_(True)
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Nothing."""
+        return {} if destination is None else destination
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        pass
+
+
+def _saving_memories(model: PreTrainedModel) -> Callable[..., Any]:
+    """``model.save_pretrained``, which then saves the model's memories beside it."""
+
+    def save_pretrained(save_directory: str | os.PathLike[str], *args: Any, **named: Any) -> Any:
+        result = type(model).save_pretrained(model, save_directory, *args, **named)
+        if named.get("is_main_process", True):
+            for name, memory in memories_of(model).items():
+                save_memory(memory, Path(save_directory) / MEMORIES / name)
+        return result
+
+    return save_pretrained

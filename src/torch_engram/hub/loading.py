@@ -1,0 +1,76 @@
+"""Memories from disk onto a model: one by its folder, or all that were saved with the model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from torch_engram.addressing import CanonicalVocab
+from torch_engram.hub.attach import MakeOptimizer, attach_bank
+from torch_engram.hub.attached import Attached, embedding_of
+from torch_engram.hub.blocks import find_blocks
+from torch_engram.hub.saved import FACTS, MEMORIES, read_facts, read_modules
+from torch_engram.memory import open_bank
+from torch_engram.memory.saved import SavedMemory
+from torch_engram.optim import RowAdam
+
+
+def load_memory(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    folder: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    optimizer: MakeOptimizer | None = RowAdam,
+    **options: Any,
+) -> Attached:
+    """Attach a saved memory to a model, by its own name or another ``name``.
+
+    ``optimizer``: as it was trained with; None to read only. ``options``: ``placement`` and ``cache``. Raises
+    ``ValueError`` naming what is damaged, or what of the model or the tokenizer it does not fit; the model is then as
+    it was.
+    """
+    folder = Path(folder)
+    saved = read_facts(folder)
+    _require_tokenizer(folder / saved["rows"], tokenizer)
+    weights = read_modules(folder / saved["modules"])
+    weight = embedding_of(model)
+    rows = open_bank(folder / saved["rows"], optimizer=optimizer, device=weight.device, dtype=weight.dtype, **options)
+    rows.name = name or saved["name"]
+    memory = attach_bank(model, find_blocks(model, saved["blocks"]), rows)
+    own = memory.engrams.state_dict()
+    wrong = sorted(own.keys() ^ weights.keys()) or [key for key in own if own[key].shape != weights[key].shape]
+    if wrong:
+        memory.detach()
+        raise ValueError(f"{folder / saved['modules']} does not fit its configuration: see its tensor {wrong[0]!r}.")
+    memory.engrams.load_state_dict(weights)
+    return memory
+
+
+def from_pretrained(folder: str | os.PathLike[str], tokenizer: Any = None, **options: Any) -> PreTrainedModel:
+    """A model that was saved with its memories, and those attached. ``tokenizer``: theirs, by default the one in
+    ``folder``. ``options``: of ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises ``ValueError`` as :func:`load_memory` does, and for a folder without memories.
+    """
+    found = sorted(path.parent for path in (Path(folder) / MEMORIES).glob(f"*/{FACTS}"))
+    if not found:
+        raise ValueError(f"{folder} holds no memories: load it with AutoModelForCausalLM, or attach() one.")
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
+    tokenizer = AutoTokenizer.from_pretrained(folder) if tokenizer is None else tokenizer
+    for memory in found:
+        load_memory(model, tokenizer, memory)
+    return model
+
+
+def _require_tokenizer(rows: Path, tokenizer: Any) -> None:
+    """Before the rows, which may be many, are loaded."""
+    vocab, mine = SavedMemory.read(rows).vocab, CanonicalVocab.of(tokenizer)
+    if vocab is not None and vocab.digest != mine.digest:
+        raise ValueError(
+            f"{rows.parent} was trained with another tokenizer (canonical vocabulary {vocab.digest[:12]}, this one's "
+            f"is {mine.digest[:12]}): load it with the model and the tokenizer that it was trained on."
+        )

@@ -1,0 +1,77 @@
+"""Attached memories on disk: each in a folder of its own, and with a model's ``save_pretrained`` all of them.
+
+A memory's folder has its rows as :func:`~torch_engram.memory.save_bank` writes them, its modules in one safetensors
+file, and ``attached.json``, which names both and is replaced last: a save that is killed leaves the earlier one whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from torch_engram.durable import replacing, sync, write_json
+from torch_engram.hub.attached import Attached
+from torch_engram.memory import save_bank
+
+MEMORIES = "memories"
+"""The folder of a model's memories, in the model's own."""
+FACTS, FORMAT = "attached.json", 1
+_ROWS, _MODULES = re.compile(r"rows-[0-9a-f]{8}"), re.compile(r"modules-[0-9a-f]{8}\.safetensors.*")
+
+
+def save_memory(memory: Attached, folder: str | os.PathLike[str]) -> None:
+    """Write a memory to ``folder``: rows with their optimiser's state, modules, configuration, canonical vocabulary.
+
+    Over an earlier save only rows that changed are written. Raises ``OSError`` when the disk is full; what was there
+    before is then whole.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = read_facts(folder) if (folder / FACTS).exists() else None
+    mark = secrets.token_hex(4)
+    rows, modules = f"rows-{mark}", f"modules-{mark}.safetensors"
+    save_bank(memory.bank, folder / rows, since=None if earlier is None else folder / earlier["rows"])
+    with replacing(folder / modules) as file:
+        file.write(save({name: weight.contiguous().cpu() for name, weight in memory.engrams.state_dict().items()}))
+    write_json(
+        folder / FACTS,
+        {"format": FORMAT, "name": memory.name, "blocks": memory.blocks.path, "rows": rows, "modules": modules},
+    )
+    sync(folder)
+    for path in folder.iterdir():
+        if path.name not in (rows, modules):
+            if _ROWS.fullmatch(path.name):
+                shutil.rmtree(path)
+            elif _MODULES.fullmatch(path.name):
+                path.unlink()
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What ``attached.json`` says. Raises ``ValueError`` where it is missing or damaged."""
+    path = folder / FACTS
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        assert content["format"] == FORMAT
+        parts = content["rows"], content["modules"]
+        assert _ROWS.fullmatch(parts[0]) and _MODULES.fullmatch(parts[1])
+        return {**content, "name": str(content["name"]), "blocks": str(content["blocks"])}
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} holds no memory of a model: there is no {FACTS} in it.") from error
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"{path} is damaged or of a newer version: use an intact copy.") from error
+
+
+def read_modules(path: Path) -> dict[str, Any]:
+    """Weights by name. Raises ``ValueError`` where the file is missing or damaged."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}): use an intact copy.") from error
