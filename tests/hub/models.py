@@ -33,6 +33,20 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phi": {"num_key_value_heads": 2},
     "olmo2": {},
     "deepseek_v3": _LATENT,
+    "deepseek_v4": dict(
+        moe_intermediate_size=16,
+        head_dim=16,
+        q_lora_rank=16,
+        num_experts_per_tok=2,
+        n_routed_experts=4,
+        hc_mult=3,
+        layer_types=["sliding_attention"] * LAYERS,
+        mlp_layer_types=["moe"] * LAYERS,
+        o_groups=2,
+        o_lora_rank=8,
+        partial_rotary_factor=0.5,
+        sliding_window=64,
+    ),
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 16},
     "qwen3_moe": {**_EXPERTS, "head_dim": 16},
@@ -41,7 +55,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 def make_model(kind: str, **changes: Any) -> PreTrainedModel:
     """In eval mode; the same weights each time."""
-    config = AutoConfig.for_model(kind, **{**_COMMON, **ARCHITECTURES[kind], **changes})
+    config = AutoConfig.for_model(kind, **(_COMMON | ARCHITECTURES[kind] | changes))
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     return model
@@ -50,6 +64,8 @@ def make_model(kind: str, **changes: Any) -> PreTrainedModel:
 def make_tokenizer(words: int = VOCAB) -> PreTrainedTokenizerFast:
     """One word an id."""
     transformers.logging.set_verbosity_error()
-    tokenizer = Tokenizer(models.WordLevel({f"w{number}": number for number in range(words)}, unk_token="w2"))
+    names = ["<end>", "<pad>", "<unknown>", *(f"w{number}" for number in range(3, words))]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w1", eos_token="w0")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")

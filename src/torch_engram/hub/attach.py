@@ -40,6 +40,7 @@ def attach(
     **options: Any,
 ) -> Attached:
     """Give ``model`` a memory, and freeze its own weights: the memory alone is trained, until others are unfrozen.
+    Of a model with PEFT adapters those are trained along.
 
     ``optimizer``: of the rows, as :class:`MemoryBank` takes it; None for a memory that is only read. ``blocks``: the
     path of the list of decoder blocks, where it is not found. ``options``: ``placement``, ``cache``, ``codec``,
@@ -84,11 +85,12 @@ def _require_fit(model: nn.Module, blocks: Blocks, config: EngramConfig, name: s
 
 class _Memories(nn.ModuleDict):
     """A model's memories, which are not of its state dict: they are saved in folders of their own. While there are any,
-    the model's own weights are frozen as far as nobody unfreezes them."""
+    the model's own weights are frozen as far as nobody unfreezes them; a model with adapters has done so itself."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
-        self._trained = [weight for weight in model.parameters() if weight.requires_grad]
+        adapts = hasattr(model, "peft_config")
+        self._trained = [] if adapts else [weight for weight in model.parameters() if weight.requires_grad]
         for weight in self._trained:
             weight.requires_grad_(False)
         vars(model)["save_pretrained"] = _saving_memories(model)
