@@ -38,6 +38,7 @@ def train(memory: Attached, model, ids: Tensor, steps: int = 3) -> None:
 def test_a_memory_on_a_model(kind: str, tokenizer, tmp_path: Path) -> None:
     model = make_model(kind)
     ids = torch.randint(2, VOCAB, (2, 10), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(10).repeat(2)[None]
     before, weights = model(ids).logits, {name: weight.clone() for name, weight in model.state_dict().items()}
     memory = attach(model, tokenizer, config_for(model, tokenizer, **FIELDS))
     assert torch.equal(model(ids).logits, before)  # rows are zero
@@ -54,6 +55,9 @@ def test_a_memory_on_a_model(kind: str, tokenizer, tmp_path: Path) -> None:
         step = model(ids[:, at : at + 1], cache=cache)
         parts.append(step.logits)
     torch.testing.assert_close(torch.cat(parts, 1), full, **CLOSE)
+
+    packed = model(ids.view(1, -1), position_ids=positions, use_cache=False).logits.view(2, 10, -1)
+    torch.testing.assert_close(packed, full, **CLOSE)
 
     padded = torch.cat((torch.full((1, 3), PAD), ids[:1, :7]), 1)
     batch = torch.cat((padded, ids[1:]))

@@ -16,7 +16,7 @@ import trl
 from datasets import Dataset
 
 from models import VOCAB, make_model, make_tokenizer
-from torch_engram.hub import Attached, attach, config_for, from_pretrained
+from torch_engram.hub import Attached, attach, config_for, from_pretrained, restore_memories
 from torch_engram.optim import RowAdam
 from torch_engram.stores import make_keys
 
@@ -124,6 +124,34 @@ def test_trainer(recompute: bool, tmp_path) -> None:
     again = from_pretrained(saved, make_tokenizer(), attn_implementation="eager").eval()
     ids = batches()[0, 0]
     assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+
+
+def test_a_trainer_that_is_resumed_ends_as_one_that_was_not(tmp_path) -> None:
+    data = [{"input_ids": ids, "labels": ids} for ids in batches(4, 1).flatten(0, 2)]
+
+    def run(name: str, **options: Any) -> tuple[Any, Attached, transformers.Trainer]:
+        model, memory = make(lr=3e-2)
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / name), per_device_train_batch_size=2, save_strategy="steps", save_steps=2, report_to=[],
+            disable_tqdm=True, use_cpu=True, max_steps=4,
+        )  # fmt: skip
+        optimizers = memory.optimizer(lr=1e-2), None
+        return model, memory, transformers.Trainer(model, arguments, train_dataset=data, optimizers=optimizers)
+
+    _, whole, trainer = run("whole")
+    trainer.train()
+    half = tmp_path / "whole" / "checkpoint-2"
+    model, memory, trainer = run("resumed")
+    with pytest.raises(
+        ValueError, match="'memory' are not those that this optimiser's state was saved with: load them"
+    ):
+        trainer.train(resume_from_checkpoint=str(half))
+    model, memory, trainer = run("resumed")
+    restore_memories(model, half)
+    trainer.train(resume_from_checkpoint=str(half))
+    assert all(torch.equal(*pair) for pair in zip(rows_of(memory), rows_of(whole), strict=True))
+    for name, weight in whole.engrams.state_dict().items():
+        assert torch.equal(weight, memory.engrams.state_dict()[name])
 
 
 def test_recomputation_changes_no_gradient() -> None:

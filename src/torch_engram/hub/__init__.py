@@ -9,7 +9,7 @@ except ImportError as error:
 
 from torch_engram.hub.attach import attach, config_for
 from torch_engram.hub.attached import Attached, memories_of
-from torch_engram.hub.loading import from_pretrained, load_memory
+from torch_engram.hub.loading import from_pretrained, load_memory, restore_memories
 from torch_engram.hub.qwen_ple import ServedPle, serve_ple, without_ple_tables
 from torch_engram.hub.saved import save_memory
 
@@ -21,6 +21,7 @@ __all__ = [
     "from_pretrained",
     "load_memory",
     "memories_of",
+    "restore_memories",
     "save_memory",
     "serve_ple",
     "without_ple_tables",

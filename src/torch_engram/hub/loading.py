@@ -6,14 +6,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from torch_engram.addressing import CanonicalVocab
 from torch_engram.hub.attach import MakeOptimizer, attach_bank
-from torch_engram.hub.attached import Attached, embedding_of
+from torch_engram.hub.attached import Attached, embedding_of, memories_of
 from torch_engram.hub.blocks import find_blocks
 from torch_engram.hub.saved import FACTS, MEMORIES, read_facts, read_modules
-from torch_engram.memory import open_bank
+from torch_engram.memory import load_bank, open_bank
 from torch_engram.memory.saved import SavedMemory
 from torch_engram.optim import RowAdam
 
@@ -41,13 +42,28 @@ def load_memory(
     rows = open_bank(folder / saved["rows"], optimizer=optimizer, device=weight.device, dtype=weight.dtype, **options)
     rows.name = name or saved["name"]
     memory = attach_bank(model, find_blocks(model, saved["blocks"]), rows)
-    own = memory.engrams.state_dict()
-    wrong = sorted(own.keys() ^ weights.keys()) or [key for key in own if own[key].shape != weights[key].shape]
-    if wrong:
+    try:
+        _require_alike(memory, weights, folder / saved["modules"])
+    except ValueError:
         memory.detach()
-        raise ValueError(f"{folder / saved['modules']} does not fit its configuration: see its tensor {wrong[0]!r}.")
+        raise
     memory.engrams.load_state_dict(weights)
     return memory
+
+
+def restore_memories(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
+    """Bring the memories that are on ``model`` to what was saved with it in ``folder``: before
+    ``trainer.train(resume_from_checkpoint=folder)``, which loads weights and optimisers, and no rows.
+
+    Raises ``ValueError`` naming a memory that was not saved there, or does not fit.
+    """
+    for name, memory in memories_of(model).items():
+        own = Path(folder) / MEMORIES / name
+        saved = read_facts(own)
+        weights = read_modules(own / saved["modules"])
+        _require_alike(memory, weights, own / saved["modules"])
+        load_bank(memory.bank, own / saved["rows"])
+        memory.engrams.load_state_dict(weights)
 
 
 def from_pretrained(folder: str | os.PathLike[str], tokenizer: Any = None, **options: Any) -> PreTrainedModel:
@@ -74,3 +90,10 @@ def _require_tokenizer(rows: Path, tokenizer: Any) -> None:
             f"{rows.parent} was trained with another tokenizer (canonical vocabulary {vocab.digest[:12]}, this one's "
             f"is {mine.digest[:12]}): load it with the model and the tokenizer that it was trained on."
         )
+
+
+def _require_alike(memory: Attached, weights: dict[str, Tensor], path: Path) -> None:
+    own = memory.engrams.state_dict()
+    wrong = sorted(own.keys() ^ weights.keys()) or [key for key in own if own[key].shape != weights[key].shape]
+    if wrong:
+        raise ValueError(f"{path} does not fit its configuration: see its tensor {wrong[0]!r}.")

@@ -53,7 +53,7 @@ class JoinedOptimizer(Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """What all parts keep, numbered through; of rows the groups' settings alone."""
+        """What all parts keep, numbered through; of rows the settings, and which save of the bank they go with."""
         state: dict[int, Any] = {}
         groups: list[dict[str, Any]] = []
         first = 0
@@ -64,11 +64,20 @@ class JoinedOptimizer(Optimizer):
                 {**group, "params": [first + number for number in group["params"]]} for group in own["param_groups"]
             ]
             first += sum(len(group["params"]) for group in own["param_groups"])
-        return {"state": state, "param_groups": groups}
+        saved = {bank.name: bank.saved[0] for bank in self._banks if bank.saved is not None}
+        return {"state": state, "param_groups": groups, "memories": saved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`. Raises ``ValueError`` where the groups are not those of the parts."""
+        """Inverse of :meth:`state_dict`. Raises ``ValueError`` where the groups are not those of the parts, or a bank's
+        rows are not those of the save that the state goes with."""
         state, groups = state_dict["state"], list(state_dict["param_groups"])
+        for bank in self._banks:
+            saved = state_dict.get("memories", {}).get(bank.name)
+            if saved is not None and (bank.saved is None or bank.saved[0] != saved):
+                raise ValueError(
+                    f"The rows of memory {bank.name!r} are not those that this optimiser's state was saved with: load "
+                    "them first, with load_bank(), or restore_memories() of an attached one."
+                )
         if len(groups) != len(self.param_groups):
             raise ValueError(
                 f"This state has {len(groups)} parameter groups, not {len(self.param_groups)}: join the same parts, in "
