@@ -72,6 +72,38 @@ def test_any_chunking_gives_the_same(
         torch.testing.assert_close(part[:, : b - a], whole[:, a:b], **CLOSE)
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("fusion", ["paper", "qwen-ple"])
+@torch.no_grad()
+def test_a_prefill_by_kernels_leaves_the_same_state(fusion: str, tokens: int) -> None:
+    engram = make(fusion=fusion)
+    streams, embeddings = inputs(engram, 2, tokens)
+    starts, live = torch.rand(2, tokens) < 0.2, torch.rand(2, tokens) < 0.8
+    expected, state = engram.new_state(4), engram.new_state(4)
+    keys_value = engram.wkv(embeddings)
+    _, alpha = engram.fuse_naive(streams, keys_value, live, starts, expected)
+    engram._remember(keys_value, alpha, streams.dtype, starts, state)
+    for drop in (0, 3):
+        expected.crop(drop)
+        state.crop(drop)
+        for mine, theirs in zip(state.last(), expected.last(), strict=True):
+            torch.testing.assert_close(mine, theirs)
+    if tokens == 40:
+        with pytest.raises(ValueError, match="raise drafts"):
+            state.crop(2)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_prefill_on_a_gpu_goes_on_as_the_whole() -> None:
+    engram = make(hidden=32).cuda()
+    streams, embeddings = (given.cuda() for given in inputs(engram.cpu(), 2, 30))
+    engram.cuda()
+    whole, state = engram(streams, embeddings), engram.new_state()
+    parts = [engram(streams[:, a:b], embeddings[:, a:b], state=state) for a, b in ((0, 20), (20, 21), (21, 30))]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("fusion", ["paper", "deepseek-v4.1"])
 @torch.no_grad()
 def test_packed_documents_equal_the_same_alone(fusion: str) -> None:

@@ -60,7 +60,7 @@ class ShortConvolution(nn.Module):
 
     def forward(self, u: Tensor, dtype: torch.dtype, doc_start: Tensor | None, window: Window | None) -> Tensor:
         """fp32 ``[B, T, M, d]`` from gated values ``u`` of that shape; normed values are kept in ``dtype``."""
-        x = branch_norm(u, self.norm_weight.float() + self.style.weight_offset, self.style.conv_eps).to(dtype)
+        x = self.normed(u, dtype)
         age = None
         if window is not None:
             x, age = self._join(x, doc_start, window)
@@ -68,6 +68,10 @@ class ShortConvolution(nn.Module):
             age = document_age(doc_start)
         x = F.pad(x, (0, 0, 0, 0, self.reach + u.shape[1] - x.shape[1], 0))  # before a sequence there is nothing
         return F.silu(depthwise(x, self.weight, self.dilation, age))
+
+    def normed(self, u: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the taps are laid on ``[B, T, M, d]``."""
+        return branch_norm(u, self.norm_weight.float() + self.style.weight_offset, self.style.conv_eps).to(dtype)
 
     def _join(self, x: Tensor, doc_start: Tensor | None, window: Window) -> tuple[Tensor, Tensor | None]:
         """The window's positions and these, and the age of these; the window then moves on."""

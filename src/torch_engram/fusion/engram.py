@@ -90,8 +90,10 @@ class Engram(nn.Module):
             embeddings = embeddings.to(self.wkv.weight.dtype)
         wkv = self.wkv
         keys_value = fp8_linear(embeddings, wkv.weight, wkv.bias) if self.fp8 else wkv(embeddings)
-        if use_kernels(streams) and state is None:
+        if use_kernels(streams) and (state is None or not len(state)):
             streams, alpha = self.fuse_triton(streams, keys_value, live, doc_start)
+            if state is not None and self.convolution is not None:
+                self._remember(keys_value, alpha, streams.dtype, doc_start, state)
         else:
             streams, alpha = self.fuse_naive(streams, keys_value, live, doc_start, state)
         return (streams, alpha) if return_gates else streams
@@ -115,6 +117,17 @@ class Engram(nn.Module):
         if self.convolution is not None:
             added = added + self.convolution(u, streams.dtype, doc_start, state)
         return (streams.float() + added).to(streams.dtype), alpha.float()
+
+    def _remember(
+        self, keys_value: Tensor, alpha: Tensor, dtype: torch.dtype, doc_start: Tensor | None, state: EngramState
+    ) -> None:
+        """Let an empty ``state`` have what it keeps of these positions, whose gates are ``alpha`` ``[B, T, M]``."""
+        assert self.convolution is not None
+        kept = slice(-(state.keep + state.drafts + 1), None)  # one more, so that it knows that it has let some go
+        value = keys_value[:, kept, -self.config.hidden :].unsqueeze(2)
+        starts = torch.zeros_like(alpha[:, :, 0], dtype=torch.bool) if doc_start is None else doc_start
+        u = alpha[:, kept, :, None] * value
+        state.push(self.convolution.normed(u, dtype), document_age(starts)[:, kept])
 
     def fuse_triton(
         self, streams: Tensor, keys_value: Tensor, live: Tensor | None = None, doc_start: Tensor | None = None
