@@ -13,6 +13,7 @@ from torch_engram import __version__
 from torch_engram.cli.bench import bench
 from torch_engram.cli.bench_lookup import lookup
 from torch_engram.cli.demo import demo
+from torch_engram.cli.finetune import finetune
 from torch_engram.cli.gates import gates
 from torch_engram.cli.plan import plan
 from torch_engram.cli.recipes import recipes
@@ -46,7 +47,7 @@ def options(
     """Options of the command itself."""
 
 
-for verb in (demo, train, recipes, sample, trace, gates, plan):
+for verb in (demo, train, finetune, recipes, sample, trace, gates, plan):
     app.command()(verb)
 app.add_typer(table)
 bench.command()(lookup)
