@@ -20,7 +20,7 @@ def finetune(
     heads: Annotated[int, typer.Option("--heads", min=1, help="Hash heads of each order.")] = 8,
     row_dim: Annotated[int, typer.Option("--row-dim", min=1, help="Numbers of a row.")] = 64,
     placement: Annotated[str, typer.Option("--placement", help="Where rows live: device or host.")] = "device",
-    steps: Annotated[int, typer.Option("--steps", min=1)] = 500,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")] = 500,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences of a micro-batch.")] = 8,
     accumulation: Annotated[int, typer.Option("--accumulation", min=1, help="Micro-batches of a step.")] = 1,
     seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens of a sequence.")] = 512,
