@@ -64,6 +64,11 @@ class Attached(nn.Module):
         """Of the memory, on its model and in its folder."""
         return self.bank.name
 
+    @property
+    def place(self) -> int:
+        """Among the model's memories: later ones of a block see the hidden states with earlier ones in them."""
+        return list(memories_of(self._model)).index(self.name)
+
     def detach(self) -> None:
         """Give the model back as it was before this memory."""
         for hook in self._hooks:

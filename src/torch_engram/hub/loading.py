@@ -72,12 +72,12 @@ def from_pretrained(folder: str | os.PathLike[str], tokenizer: Any = None, **opt
 
     Raises ``ValueError`` as :func:`load_memory` does, and for a folder without memories.
     """
-    found = sorted(path.parent for path in (Path(folder) / MEMORIES).glob(f"*/{FACTS}"))
+    found = [path.parent for path in (Path(folder) / MEMORIES).glob(f"*/{FACTS}")]
     if not found:
         raise ValueError(f"{folder} holds no memories: load it with AutoModelForCausalLM, or attach() one.")
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
     tokenizer = AutoTokenizer.from_pretrained(folder) if tokenizer is None else tokenizer
-    for memory in found:
+    for memory in sorted(found, key=lambda folder: int(read_facts(folder)["place"])):
         load_memory(model, tokenizer, memory)
     return model
 

@@ -41,10 +41,8 @@ def save_memory(memory: Attached, folder: str | os.PathLike[str]) -> None:
     save_bank(memory.bank, folder / rows, since=None if earlier is None else folder / earlier["rows"])
     with replacing(folder / modules) as file:
         file.write(save({name: weight.contiguous().cpu() for name, weight in memory.engrams.state_dict().items()}))
-    write_json(
-        folder / FACTS,
-        {"format": FORMAT, "name": memory.name, "blocks": memory.blocks.path, "rows": rows, "modules": modules},
-    )
+    facts = {"name": memory.name, "place": memory.place, "blocks": memory.blocks.path, "rows": rows, "modules": modules}
+    write_json(folder / FACTS, {"format": FORMAT, **facts})
     sync(folder)
     for path in folder.iterdir():
         if path.name not in (rows, modules):
@@ -62,7 +60,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
         assert content["format"] == FORMAT
         parts = content["rows"], content["modules"]
         assert _ROWS.fullmatch(parts[0]) and _MODULES.fullmatch(parts[1])
-        return {**content, "name": str(content["name"]), "blocks": str(content["blocks"])}
+        return {
+            **content, "name": str(content["name"]), "place": int(content["place"]), "blocks": str(content["blocks"])
+        }  # fmt: skip
     except FileNotFoundError as error:
         raise ValueError(f"{folder} holds no memory of a model: there is no {FACTS} in it.") from error
     except (ValueError, KeyError, TypeError, AssertionError) as error:
