@@ -92,8 +92,8 @@ class Conversion:
             raise ValueError(f"{self.folder} is there already: give another folder.")
 
     def _write(self, left: LeftOver, journal: Journal, tell: Tell) -> int:
+        left.write(journal)  # first: a folder without one is nobody's left-over
         left.table.mkdir(exist_ok=True)
-        left.write(journal)
         taken = _keep_whole(self.shards, left, journal, tell)
         for shard in self.shards:
             if shard.name not in journal.whole:
