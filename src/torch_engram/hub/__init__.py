@@ -1,4 +1,7 @@
-"""Models of Hugging Face's transformers with memories from our stores. Needs the extra ``hf``."""
+"""Models of Hugging Face's transformers with memories from our stores, and memories under the names of two releases.
+
+Needs the extra ``hf``.
+"""
 
 try:
     import transformers.models.qwen4_exp as _newest  # noqa: F401
@@ -7,6 +10,16 @@ except ImportError as error:
         "torch_engram.hub needs transformers 5.17 or newer: pip install 'torch-engram[hf]', or '.[hf]' in a clone."
     ) from error
 
+from torch_engram.hub.deepseek import read_deepseek, write_deepseek
+from torch_engram.hub.qwen_checkpoint import read_ple, write_ple
 from torch_engram.hub.qwen_ple import ServedPle, serve_ple, without_ple_tables
 
-__all__ = ["ServedPle", "serve_ple", "without_ple_tables"]
+__all__ = [
+    "ServedPle",
+    "read_deepseek",
+    "read_ple",
+    "serve_ple",
+    "without_ple_tables",
+    "write_deepseek",
+    "write_ple",
+]
