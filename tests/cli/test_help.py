@@ -12,6 +12,7 @@ VERBS = ("demo", "train", "recipes", "sample", "trace", "gates", "plan", "table"
 SUBVERBS = (
     ["bench", "ops"], ["bench", "step"], ["bench", "lookup"],
     ["table", "info"], ["table", "verify"], ["table", "synth"], ["table", "convert"],
+    ["table", "export"],
 )  # fmt: skip
 
 

@@ -243,6 +243,7 @@ def test_other_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
         (dict(conv_kernel=0), "has conv_kernel 0, and Qwen4Exp a convolution: train one with 4"),
         (dict(row_dim=(6, 8)), r"has row_dim \(6, 8\), and Qwen4Exp has one for all orders"),
         (dict(bias=True), "has bias True, and Qwen4Exp has False always"),
+        (dict(branches=1), "has branches 1, and Qwen4Exp two or more: train one with 2"),
     ],
 )
 def test_memories_that_the_format_has_not(tmp_path: Path, fields: dict[str, Any], message: str) -> None:

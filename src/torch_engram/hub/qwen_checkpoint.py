@@ -172,6 +172,8 @@ def _text_of(memory: ReadThrough, shards: int) -> dict[str, Any]:
 def _require_fits(memory: ReadThrough) -> None:
     require_expressible(memory, _FIXED, _UNIFORM, _NAME)
     require_derived(memory, _NAME)
+    if memory.config.branches < 2:
+        raise ValueError(f"Memory {memory.name!r} has branches 1, and {_NAME} two or more: train one with 2.")
     if not memory.config.conv_kernel:
         raise ValueError(f"Memory {memory.name!r} has conv_kernel 0, and {_NAME} a convolution: train one with 4.")
 
