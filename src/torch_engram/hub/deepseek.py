@@ -95,7 +95,7 @@ def write_deepseek(
     *,
     like: str | Path | None = None,
     tokenizer: Tokenizer | str | Path | None = None,
-    tell: Tell = lambda _: None,
+    tell: Tell | None = None,
 ) -> None:
     """Write a memory as DeepSeek-V4.1 has it, into a new ``folder``, which appears when it is whole.
 

@@ -91,15 +91,15 @@ def write_ple(
     *,
     model: PreTrainedModel | None = None,
     shards: int | None = None,
-    tell: Tell = lambda _: None,
+    tell: Tell | None = None,
 ) -> None:
     """Write a memory as the PLE layers of Qwen4Exp, into a new ``folder``, which appears when it is whole.
 
     ``memory``: a bank, as its rows are, or the folder of a saved one; fp32, bf16 and fp16 keep their bytes, other
-    codecs become bf16.
-    ``engrams``: of each layer, written in their type; without them only tables, buffers and the keys of
-    ``text_config`` are. ``model``: a Qwen4Exp model that reads this memory, by :func:`~torch_engram.hub.serve_ple` or
-    with a table of its own, which is left out: then all of it is written, and ``from_pretrained`` loads the folder.
+    codecs become bf16. ``engrams``: of each layer, written in their type; without them only tables, buffers and the
+    keys of ``text_config`` are. ``model``: a Qwen4Exp model that reads this memory, by
+    :func:`~torch_engram.hub.serve_ple`, or could: all of it is written, with these rows for its own, and
+    ``from_pretrained`` loads the folder.
     ``shards``: tensors a table, each in its file; by default the model's ``split_ngram_parts``, or one. ``tell`` hears
     of bytes of tables that were written, a few rows at a time. What stops it leaves nothing under the folder's name;
     with a saved memory the same call then goes on where it was. Raises ``ValueError`` naming what in the memory this

@@ -157,10 +157,10 @@ def require_engrams(engrams: Mapping[int, Engram], config: EngramConfig) -> None
 
 
 def write_folder(
-    memory: ReadThrough, folder: Path, target: Target, company: Callable[[Path], None], tell: Tell
+    memory: ReadThrough, folder: Path, target: Target, company: Callable[[Path], None], tell: Tell | None
 ) -> None:
     """Stream the tables of a memory into ``folder``, beside what ``company`` writes; it appears when it is whole."""
-    Conversion(memory.folder, memory.tables, folder, target, company).run(tell)
+    Conversion(memory.folder, memory.tables, folder, target, company).run(tell or (lambda _: None))
 
 
 def write_weights(folder: Path, tensors: Mapping[str, Tensor], config: dict[str, Any]) -> None:
