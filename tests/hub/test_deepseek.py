@@ -32,7 +32,7 @@ from torch_engram.hub import read_deepseek, write_deepseek
 from torch_engram.hub.deepseek_weights import dequantise, norm_weights, quantise
 from torch_engram.memory import MemoryBank, save_bank
 from torch_engram.optim import RowAdam
-from torch_engram.stores import CODECS
+from torch_engram.stores import CODECS, make_keys
 from torch_engram.stores.open_files import OpenFile
 
 CONFIG = EngramConfig(
@@ -449,7 +449,12 @@ def test_engrams_that_are_not_the_memorys(train: Train, tokenizer: Tokenizer, tm
         ValueError, match=r"Engrams are given for layers \[1\], and the memory is at \[1, 3\]: give one"
     ):
         write_deepseek(bank, tmp_path / "out", {1: engrams[1]})
-    with pytest.raises(ValueError, match=r"Engram of layer 3 is of fusion 'deepseek-v4.1' with weights \[192, 384\]"):
+    with pytest.raises(
+        ValueError, match="The Engram of layer 3 has hidden 64, and the memory 32: give the Engrams that"
+    ):
+        write_deepseek(bank, tmp_path / "out", {1: engrams[1], 3: other})
+    other = Engram(replace(CONFIG, conv_kernel=4))
+    with pytest.raises(ValueError, match="The Engram of layer 3 has conv_kernel 4, and the memory 0"):
         write_deepseek(bank, tmp_path / "out", {1: engrams[1], 3: other})
     engrams[3].key_weight.data[0, 0] = math.nan
     with pytest.raises(ValueError, match="The Engram of layer 3 has NaN or infinity in key_weight"):
@@ -511,6 +516,24 @@ def test_what_fails_from_an_open_bank_leaves_nothing(
         with pytest.raises(OSError, match="No space left"):
             write_deepseek(bank, tmp_path / "out", engrams)
     assert not list(tmp_path.iterdir())
+    process = os.fork()
+    if process == 0:
+        try:
+            monkeypatch.setattr(Path, "rename", lambda *paths: os.kill(os.getpid(), signal.SIGKILL))
+            write_deepseek(bank, tmp_path / "out", engrams)
+        finally:
+            os._exit(70)
+    os.waitpid(process, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.converting"]
+    for table in bank.tables:  # rows of a killed process are not gone on with: they have changed since
+        store: Any = bank.source(table).store
+        keys = make_keys(table.space, torch.arange(table.rows))
+        count = torch.ones(table.rows, 1, dtype=torch.int32)
+        planes = {"value": torch.zeros(table.rows, table.dim), "count": count}
+        moments = {plane.name: torch.zeros(table.rows, plane.width) for plane in store.layout.planes}
+        store.write(keys, bank.source(table).format.encode(keys, {**moments, **planes}))
     told: list[int] = []
     write_deepseek(bank, tmp_path / "out", engrams, tell=told.append)
+    assert not by_library(tmp_path / "out")["layers.3.engram.embed.weight"].float().any()
+    assert not (tmp_path / "out.converting").exists()
     assert sum(told) == sum(path.stat().st_size for path in (tmp_path / "out").glob("tables-*.safetensors"))

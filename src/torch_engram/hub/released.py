@@ -25,6 +25,8 @@ CONFIG = "config.json"
 _WEIGHTS = "engrams.safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _TEXT = "text_config"
+_SHAPES = ("fusion", "hidden", "branches", "embedding_dim", "conv_kernel", "bias")
+"""What an Engram's weights and its arithmetic depend on."""
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -137,20 +139,20 @@ def require_derived(memory: ReadThrough, release: str) -> None:
 
 
 def require_engrams(engrams: Mapping[int, Engram], config: EngramConfig) -> None:
-    """Raises ``ValueError`` unless there is an Engram of these shapes for every layer."""
+    """Raises ``ValueError`` unless there is an Engram like the memory's for every layer, and all numbers are finite."""
     if sorted(engrams) != list(config.layers):
         raise ValueError(
             f"Engrams are given for layers {sorted(engrams)}, and the memory is at {list(config.layers)}: give one for "
             "each layer."
         )
-    shape = (config.branches + 1) * config.hidden, config.embedding_dim
     for layer, engram in engrams.items():
-        if engram.wkv.weight.shape != shape or engram.config.fusion != config.fusion:
-            own = list(engram.wkv.weight.shape)
-            raise ValueError(
-                f"The Engram of layer {layer} is of fusion {engram.config.fusion!r} with weights {own}, and the memory "
-                f"asks for {config.fusion!r} with {list(shape)}: give the Engrams that were trained with it."
-            )
+        for field in _SHAPES:
+            own, wanted = getattr(engram.config, field), getattr(config, field)
+            if own != wanted:
+                raise ValueError(
+                    f"The Engram of layer {layer} has {field} {own!r}, and the memory {wanted!r}: give the Engrams "
+                    "that were trained with it."
+                )
         odd = next((name for name, weight in engram.named_parameters() if not weight.isfinite().all()), None)
         if odd is not None:
             raise ValueError(f"The Engram of layer {layer} has NaN or infinity in {odd}: write an earlier state of it.")
