@@ -114,7 +114,7 @@ def write_deepseek(
         require_engrams(engrams, source.config)
     before = {} if like is None else read_config(like)[0]
     config = with_text(before, _text_of(source))
-    text = _tokenizer_text(source, like, tokenizer)
+    vocabulary = _tokenizer_file(source, like, tokenizer)
     near = {}
     if like is not None and engrams is not None and config == before:
         near = _weights_in(like, safe_tensors_in(like), source.config)
@@ -125,8 +125,8 @@ def write_deepseek(
             made = to_store(engram, near.get(layer))
             weights.update({f"layers.{layer}.engram.{name}": tensor for name, tensor in made.items()})
         write_weights(beside, weights, config)
-        if text is not None:
-            (beside / _TOKENIZER).write_bytes(text)
+        if vocabulary is not None:
+            (beside / _TOKENIZER).write_bytes(vocabulary)
 
     target = Target("deepseek-v4.1", shards=len(source.tables), prefix="", stem="tables")
     write_folder(source, folder, target, company, tell)
@@ -180,8 +180,8 @@ def _require_fits(memory: ReadThrough) -> None:
     require_derived(memory, _NAME)
 
 
-def _tokenizer_text(memory: ReadThrough, like: Path | None, tokenizer: Tokenizer | str | Path | None) -> bytes | None:
-    """Of the tokenizer that is to lie beside. Raises ``ValueError`` for one that the memory was not made for."""
+def _tokenizer_file(memory: ReadThrough, like: Path | None, tokenizer: Tokenizer | str | Path | None) -> bytes | None:
+    """The bytes of the tokenizer.json that is to lie beside. Raises ``ValueError`` for one that the memory was not made for."""
     beside = None if like is None else like / _TOKENIZER
     if tokenizer is None and (beside is None or not beside.is_file()):
         return None
