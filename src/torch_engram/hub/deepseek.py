@@ -181,7 +181,7 @@ def _require_fits(memory: ReadThrough) -> None:
 
 
 def _tokenizer_file(memory: ReadThrough, like: Path | None, tokenizer: Tokenizer | str | Path | None) -> bytes | None:
-    """The bytes of the tokenizer.json that is to lie beside. Raises ``ValueError`` for one that the memory was not made for."""
+    """The bytes of what is to lie beside. Raises ``ValueError`` for one that the memory was not made for."""
     beside = None if like is None else like / _TOKENIZER
     if tokenizer is None and (beside is None or not beside.is_file()):
         return None
