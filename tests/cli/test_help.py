@@ -12,6 +12,7 @@ VERBS = ("demo", "finetune", "train", "recipes", "sample", "trace", "gates", "pl
 SUBVERBS = (
     ["bench", "ops"], ["bench", "step"], ["bench", "lookup"],
     ["table", "info"], ["table", "verify"], ["table", "synth"], ["table", "convert"],
+    ["table", "export"],
 )  # fmt: skip
 
 

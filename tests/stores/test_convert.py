@@ -27,7 +27,7 @@ from torch_engram.stores.row_sources import named_rows
 from torch_engram.stores.shard_writer import ShardWriter
 from torch_engram.stores.shards import Target
 from torch_engram.stores.synthetic import synthesise
-from torch_engram.stores.tensor_files import encode_header, file_size
+from torch_engram.stores.tensor_files import encode_header, file_size, read_tensor, tensors_in, write_tensors
 
 CODEC_NAMES = ["fp32", "bf16", "fp16", "fp8", "int8"]
 
@@ -427,3 +427,66 @@ def test_files_of_two_layouts_need_to_be_told_theirs(tmp_path: Path, layers: Pat
         run(layers, tmp_path / "out")
     run(layers, tmp_path / "out", "plain")
     assert [table.codec for table in named_rows(tmp_path / "out")] == ["fp8", "bf16", "fp8"]
+
+
+def company(folder: Path) -> None:
+    """Two files beside the tables, one of them with a tensor."""
+    write_tensors(folder / "small.safetensors", {"norm": torch.ones(3), "ids": torch.arange(4)})
+    (folder / "config.json").write_text("{}")
+
+
+def test_what_comes_along_is_in_the_index_and_in_the_sums(tmp_path: Path, layers: Path) -> None:
+    alone = run(layers, tmp_path / "alone", "plain")
+    made = Conversion(layers, named_rows(layers), tmp_path / "out", Target("plain", stem="tables"), company)
+    made.run()
+    found = files(tmp_path / "out")
+    assert found.keys() == {
+        "SHA256SUMS", "config.json", "model.safetensors.index.json", "small.safetensors", "tables.safetensors"
+    }  # fmt: skip
+    assert found["tables.safetensors"] == files(tmp_path / "alone")["model.safetensors"] and made.nbytes == alone.nbytes
+    index = json.loads(found["model.safetensors.index.json"])
+    tables = {name: "tables.safetensors" for shard in made.shards for name in shard.tensors}
+    assert index["weight_map"] == {**tables, "norm": "small.safetensors", "ids": "small.safetensors"}
+    assert index["metadata"]["total_size"] == sum(shard.nbytes for shard in made.shards) + 3 * 4 + 4 * 8
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in found.items() if name != "SHA256SUMS"}
+    assert read_sums(tmp_path / "out") == sums
+    assert torch.equal(read_tensor(tensors_in(tmp_path / "out")["ids"]), torch.arange(4))
+
+
+def test_what_came_along_with_a_stopped_run_is_written_anew(tmp_path: Path, layers: Path) -> None:
+    def half(folder: Path) -> None:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "other").touch()
+        (folder / "left.json").touch()
+        raise Stop
+
+    target = Target("plain")
+    with pytest.raises(Stop):
+        Conversion(layers, named_rows(layers), tmp_path / "out", target, half).run()
+    assert not (tmp_path / "out").exists()
+    again = Conversion(layers, named_rows(layers), tmp_path / "out", target, company)
+    assert again.run() == again.nbytes, "rows were there already"
+    assert not {"left.json", "inner"} & files(tmp_path / "out").keys()
+
+
+def test_a_run_that_stopped_before_its_first_note_goes_on(
+    tmp_path: Path, layers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+    for number in range(6):
+        calls = count()
+
+        def stop(*arguments: object, calls: count[int] = calls, number: int = number) -> None:
+            if next(calls) == number:
+                raise Stop
+            replace(*arguments)  # type: ignore[arg-type]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", stop)
+            try:
+                run(layers, tmp_path / str(number), "plain")
+            except Stop:
+                assert not (tmp_path / str(number)).exists()
+        if not (tmp_path / str(number)).exists():
+            run(layers, tmp_path / str(number), "plain")
+        assert files(tmp_path / str(number)) == files(tmp_path / "0")

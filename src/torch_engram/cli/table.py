@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from torch_engram.cli.convert import convert
+from torch_engram.cli.export import export
 from torch_engram.cli.tables import print_whole
 
 table = typer.Typer(
@@ -169,3 +170,4 @@ def _shard_checksums(path: Path) -> dict[Path, str | None]:
 
 
 table.command()(convert)
+table.command()(export)

@@ -107,7 +107,16 @@ def _open(
 
 
 def ple_of(model: nn.Module) -> tuple[Any, dict[int, Any]]:
-    """The text model within ``model``, and its n-gram embeddings by layer, counted from 0."""
+    """As :func:`find_ple`, of a model that is not served."""
+    text_model, embeddings = find_ple(model)
+    if any(isinstance(embedding.ngram_embedding, ServedTable) for embedding in embeddings.values()):
+        raise ValueError("This model's PLE tables are served already: detach() what serve_ple gave, then serve others.")
+    return text_model, embeddings
+
+
+def find_ple(model: nn.Module) -> tuple[Any, dict[int, Any]]:
+    """The text model within ``model``, and its n-gram embeddings by layer, counted from 0. Raises ``ValueError`` for a
+    model without."""
     text_model: Any = next((part for part in model.modules() if isinstance(part, qwen.Qwen4ExpTextModel)), None)
     if text_model is None:
         raise ValueError(f"{type(model).__name__} is no Qwen4Exp model: give one of transformers' Qwen4Exp classes.")
@@ -115,8 +124,6 @@ def ple_of(model: nn.Module) -> tuple[Any, dict[int, Any]]:
     embeddings = {index: layer.ple.ple_embedding for index, layer in layers if layer.ple is not None}
     if not embeddings:
         raise ValueError(f"{type(model).__name__} has no PLE layer (ple_layer_ids is empty): use it as it is.")
-    if any(isinstance(embedding.ngram_embedding, ServedTable) for embedding in embeddings.values()):
-        raise ValueError("This model's PLE tables are served already: detach() what serve_ple gave, then serve others.")
     return text_model, embeddings
 
 

@@ -20,11 +20,12 @@ from torch_engram.memory import MemoryBank
 from torch_engram.stores.named_tables import NamedTable, find_tables
 from torch_engram.stores.tensor_files import TensorPlace, read_header, tensors_in
 
-_BUFFERS = {
+BUFFERS = {
     "multipliers": "layer_multipliers",
     "head sizes": "ngram_heads_vocab_sizes",
     "offsets": "ngram_heads_offsets",
 }
+"""What the three buffers of a table hold, and what they are called."""
 _TABLE = "ngram_embedding"
 _EXACT = ("fp32", "bf16", "fp16")
 
@@ -43,7 +44,7 @@ class PleHash:
     def of(cls, embedding: Any) -> PleHash:
         """Of a ``Qwen4ExpTextNGramEmbedding``. Raises ``ValueError`` when its buffers have no values, or its table is
         in FP8."""
-        buffers = {what: getattr(embedding, name) for what, name in _BUFFERS.items()}
+        buffers = {what: getattr(embedding, name) for what, name in BUFFERS.items()}
         if any(buffer.is_meta for buffer in buffers.values()):
             raise ValueError("The model's weights are on the meta device: load them, then serve its PLE tables.")
         table = embedding.ngram_embedding
@@ -98,10 +99,33 @@ def require_files_fit(path: Path, hashes: Mapping[int, PleHash]) -> None:
         _require_same(hashed, _buffers_in(table, tensors), str(path))
 
 
+def ple_tables(tensors: Mapping[str, TensorPlace]) -> dict[int, tuple[NamedTable, PleHash]]:
+    """Every PLE table among ``tensors`` with what its buffers say, by layer. Raises ``ValueError`` naming a buffer that
+    is missing or no int64."""
+    found = {}
+    for table in find_tables(tensors):
+        if table.layout != "Qwen4Exp" or table.layer is None:
+            continue
+        beside = table.name[: table.name.index(_TABLE)]
+        for name in BUFFERS.values():
+            if beside + name not in tensors:
+                raise ValueError(
+                    f"There is no tensor {beside + name!r} in these files: give the folder with all shards."
+                )
+            place = tensors[beside + name]
+            if place.dtype != "I64" or len(place.shape) != 1:
+                raise ValueError(
+                    f"{place.file}: {beside + name!r} is {place.dtype} {list(place.shape)}, not a row of int64: "
+                    "give the model's own shards."
+                )
+        found[table.layer] = table, PleHash(table.layer, table.rows, table.width, _buffers_in(table, tensors))
+    return found
+
+
 def _buffers_in(table: NamedTable, tensors: Mapping[str, TensorPlace]) -> dict[str, tuple[int, ...]]:
     """The buffers that lie beside a table, perhaps in another file; those of a resharded table may be left out."""
     beside = table.name[: table.name.index(_TABLE)]
-    places = {what: tensors.get(beside + name) for what, name in _BUFFERS.items()}
+    places = {what: tensors.get(beside + name) for what, name in BUFFERS.items()}
     return {
         what: tuple(np.fromfile(place.file, np.int64, place.nbytes // 8, offset=place.start).tolist())
         for what, place in places.items()

@@ -17,6 +17,7 @@ from torch_engram.config import nearest
 
 _CACHED = 1 << 18
 """Numbers that a CPU decodes together, so that what is between stays in its cache."""
+_LARGEST_E4M3 = 448.0
 
 
 @dataclass(frozen=True)
@@ -117,27 +118,28 @@ class Float16:
         return components[0].to(torch.float32)
 
 
+@dataclass(frozen=True)
 class Float8:
     """E4M3 with a power of two, E8M0, for every 32 numbers: DeepSeek-V4.1's, so that its tables are read as they are.
 
-    A scale is the byte of an fp32 exponent: 0 stands for 0 and 255 for infinity, which is not what PyTorch's own
-    ``float8_e8m0fnu`` makes of them.
+    ``block``: how many numbers share a scale where they are not 32. A scale is the byte of an fp32 exponent: 0 stands
+    for 0 and 255 for infinity, which is not what PyTorch's own ``float8_e8m0fnu`` makes of them.
     """
 
+    block: int = 32
     stochastic = trains = False
-    _BLOCK, _LARGEST = 32, 448.0
 
     def components(self, width: int) -> tuple[Component, ...]:
         """See :class:`Codec`. The last scale may have fewer numbers."""
-        blocks = -(-width // self._BLOCK)
+        blocks = -(-width // self.block)
         return Component("value", torch.float8_e4m3fn, width), Component("scale", torch.float8_e8m0fnu, blocks)
 
     def encode(self, values: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
         """See :class:`Codec`. Scales are the least powers of two that bring a block to 448 or less, 2**-126 at least;
         numbers are rounded to nearest, ties to even. A block with infinity, which E4M3 has not, or NaN is all NaN."""
         width = values.shape[1]
-        padded = F.pad(values.float(), (0, -width % self._BLOCK)).unflatten(1, (-1, self._BLOCK))
-        largest = padded.abs().amax(2) / self._LARGEST
+        padded = F.pad(values.float(), (0, -width % self.block)).unflatten(1, (-1, self.block))
+        largest = padded.abs().amax(2) / _LARGEST_E4M3
         mantissa, exponent = torch.frexp(largest)
         exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
         finite = largest.isfinite()
@@ -161,9 +163,9 @@ class Float8:
             values.copy_(codes)
         else:
             _widen_e4m3(values, codes)
-        blocks = codes.shape[1] // self._BLOCK
-        whole = blocks * self._BLOCK
-        values[:, :whole].unflatten(1, (blocks, self._BLOCK)).mul_(factors[:, :blocks, None])
+        blocks = codes.shape[1] // self.block
+        whole = blocks * self.block
+        values[:, :whole].unflatten(1, (blocks, self.block)).mul_(factors[:, :blocks, None])
         values[:, whole:].mul_(factors[:, blocks:])
 
     @staticmethod

@@ -26,7 +26,7 @@ from torch_engram.stores.open_files import ChangedFile
 from torch_engram.stores.row_sources import RowSource
 from torch_engram.stores.shard_writer import ShardWriter
 from torch_engram.stores.shards import Piece, Shard, Target, deal
-from torch_engram.stores.tensor_files import file_size
+from torch_engram.stores.tensor_files import file_size, read_header
 
 CHUNK_NUMBERS = 1 << 20
 STRIDE = 1 << 28
@@ -40,27 +40,37 @@ Tell = Callable[[int], None]
 class Conversion:
     """From tables to a folder that holds them as a :class:`Target` says.
 
-    Raises ``ValueError`` naming what does not go together, when the folder is there already or lies in ``source``, or
-    when the disk has no room for it.
+    ``source``: where the tables are, None for those of a running process, with whose rows no later run may go on.
+    ``company``: writes what is to lie beside the tables into the folder that it is given, under names that no table's
+    file has; the index names its tensors, too. Raises ``ValueError`` naming what does not go together, when the folder
+    is there already or lies in ``source``, or when the disk has no room for it.
     """
 
-    def __init__(self, source: Path, tables: Sequence[RowSource], folder: Path, target: Target):
+    def __init__(
+        self,
+        source: Path | None,
+        tables: Sequence[RowSource],
+        folder: Path,
+        target: Target,
+        company: Callable[[Path], None] | None = None,
+    ):
         self.folder = folder = folder.absolute()
         self.shards = deal(tables, target)
         self.nbytes = sum(file_size(shard.tensors) for shard in self.shards)
         """Of all files of rows."""
-        self._tables = tables
+        self._source, self._tables, self._company = source, tables, company
         layout, codecs = target.settled(tables)
         self._arguments = {
             "the version": f"torch-engram {__version__}",
-            "SOURCE": str(source.resolve()),
+            "SOURCE": "another process" if source is None else str(source.resolve()),
             "--layout": layout,
             "--codec": ", ".join(dict.fromkeys(codecs)),
             "--shards": str(target.shards or "left out"),
             "--shard-size": str(target.shard_size or "left out"),
             "--layer": "left out" if target.layer is None else str(target.layer),
+            "the names of files and tensors": f"{target.stem}, {target.prefix or 'as the layout has them'}",
         }
-        if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
+        if source is not None and source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
             raise ValueError(f"{folder} lies in {source}, which is read: give a folder outside.")
         if folder.exists() and not beside(folder).exists():
             raise ValueError(f"{folder} is there already: give another folder.")
@@ -75,6 +85,8 @@ class Conversion:
         folder, or what was left over is of another conversion; ``OSError`` when the disk is full.
         """
         with left_over(self.folder) as left:
+            if self._source is None:
+                return self._write_at_once(left, tell)
             journal = left.journal(self._arguments, _identities(self._tables))
             if self.folder.exists():
                 self._require_own(left, journal)
@@ -86,14 +98,25 @@ class Conversion:
                 left.remove()
                 raise
 
+    def _write_at_once(self, left: LeftOver, tell: Tell) -> int:
+        """Write all, or leave nothing."""
+        if self.folder.exists():
+            raise ValueError(f"{self.folder} is there already: give another folder.")
+        left.empty()
+        try:
+            return self._write(left, left.journal(self._arguments, {}), tell)
+        except BaseException:
+            left.remove()
+            raise
+
     def _require_own(self, left: LeftOver, journal: Journal) -> None:
         """Only what an earlier run did last of all, to remove its left-over, may be left to do."""
         if not journal.renamed or left.table.exists():
             raise ValueError(f"{self.folder} is there already: give another folder.")
 
     def _write(self, left: LeftOver, journal: Journal, tell: Tell) -> int:
+        left.write(journal)  # first: a folder without one is nobody's left-over
         left.table.mkdir(exist_ok=True)
-        left.write(journal)
         taken = _keep_whole(self.shards, left, journal, tell)
         for shard in self.shards:
             if shard.name not in journal.whole:
@@ -106,8 +129,14 @@ class Conversion:
     def _finish(self, left: LeftOver, journal: Journal) -> None:
         """Write what speaks of all files, and give the table its name."""
         sums = {left.table / name: digest for name, digest in journal.whole.items()}
-        if len(self.shards) > 1:
-            sums |= digests([_write_index(left.table, self.shards)])
+        if self._company is not None:
+            self._company(left.table)
+        if self._company is not None or len(self.shards) > 1:
+            _write_index(left.table)
+        others = [path for path in sorted(left.table.iterdir()) if path not in sums]
+        for path in others:
+            sync(path)
+        sums |= digests(others)
         write_sums(left.table, sums)
         journal.renamed = True
         left.write(journal)
@@ -225,10 +254,11 @@ def _encoded(piece: Piece, rows: range) -> tuple[Tensor, ...]:
     return CODECS[piece.codec].encode(CODECS[piece.source.codec].decode(parts))
 
 
-def _write_index(folder: Path, shards: Sequence[Shard]) -> Path:
+def _write_index(folder: Path) -> None:
     """The file that says where each tensor is, as transformers writes it."""
-    named = {name: shard.name for shard in shards for name in shard.tensors}
-    content = {"metadata": {"total_size": sum(shard.nbytes for shard in shards)}, "weight_map": named}
+    headers = {path.name: read_header(path) for path in sorted(folder.glob("*.safetensors"))}
+    named = {name: file for file, places in headers.items() for name in places}
+    total = sum(place.nbytes for places in headers.values() for place in places.values())
+    content = {"metadata": {"total_size": total}, "weight_map": named}
     with replacing(folder / INDEX) as file:
         file.write(f"{json.dumps(content, indent=2, sort_keys=True)}\n".encode())
-    return folder / INDEX

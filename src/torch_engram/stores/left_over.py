@@ -71,8 +71,16 @@ class LeftOver:
     def keep_only(self, names: set[str]) -> None:
         """Remove every other file of the new table."""
         for path in self.table.iterdir():
-            if path.name not in names:
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in names:
                 path.unlink()
+
+    def empty(self) -> None:
+        """Begin anew, whatever it holds. Raises ``ValueError`` when it is nobody's left-over."""
+        self._read()
+        shutil.rmtree(self.table, ignore_errors=True)
+        (self.path / _JOURNAL).unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Whatever it holds."""

@@ -13,14 +13,34 @@ from torch_engram.stores.file_rows import FileRows
 from torch_engram.stores.layouts import plain_name
 from torch_engram.stores.named_tables import tables_in
 from torch_engram.stores.open_files import OpenFile, TensorFile
+from torch_engram.stores.protocol import Store
 from torch_engram.stores.records import Plane, RowFormat, make_keys
+
+
+class StoreRows:
+    """A table's rows out of a store, as they are when they are read; those of :class:`FileRows` are in files."""
+
+    files: Sequence[OpenFile] = ()
+
+    def __init__(self, store: Store, space: int, rows: int, device: torch.device):
+        self.rows, self._store, self._space, self._device = rows, store, space, device
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Records uint8 ``[last - first, nbytes]`` of consecutive rows, on the CPU."""
+        rows = torch.arange(first, last, device=self._device)
+        return self._store.fetch(make_keys(self._space, rows)).cpu()
+
+    def read_apart(self, first: int, last: int) -> tuple[Tensor, ...]:
+        """As :meth:`FileRows.read_apart`."""
+        records, layout = self.read(first, last), self._store.layout
+        return tuple(layout.view(records, field) for field in layout.fields)
 
 
 @dataclass(frozen=True)
 class RowSource:
     """One table that can be read through."""
 
-    table: FileRows
+    table: FileRows | StoreRows
     format: RowFormat
     """Of its records; says what the rows are that were never written."""
     name: str

@@ -27,6 +27,10 @@ class Target:
     """The most bytes of a file."""
     layer: int | None = None
     """Of a table that says none."""
+    prefix: str | None = None
+    """What stands before ``layers.`` in the names of tensors, where it is not as the layout has it."""
+    stem: str = "model"
+    """What files are called, before their numbers."""
 
     def settled(self, sources: Sequence[RowSource]) -> tuple[str, list[str]]:
         """The layout, and the codec of each table: those that the tables have, and otherwise the layout's usual one.
@@ -100,9 +104,9 @@ def deal(sources: Sequence[RowSource], target: Target) -> list[Shard]:
     _require_distinct(whole)
     groups = (_dealt_out if LAYOUTS[layout].many else _kept_whole)(whole, target)
     if len(groups) == 1:
-        return [Shard("model.safetensors", groups[0])]
+        return [Shard(f"{target.stem}.safetensors", groups[0])]
     return [
-        Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group)
+        Shard(f"{target.stem}-{number:05d}-of-{len(groups):05d}.safetensors", group)
         for number, group in enumerate(groups, start=1)
     ]
 
@@ -119,6 +123,8 @@ def _name(source: RowSource, layout: str, target: Target, tables: int) -> str:
         layer = target.layer
     if layer is None:
         raise ValueError(f"{source.name!r} says no layer, and {layout} names tables by theirs: give --layer.")
+    if target.prefix is not None:
+        names = target.prefix + names[names.index("layers.") :]
     return names.replace("{layer}", str(layer))
 
 

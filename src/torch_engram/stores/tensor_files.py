@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -126,6 +127,24 @@ def _by_index(index: Path) -> dict[str, TensorPlace]:
         if name not in headers[shard]:
             raise ValueError(f"{shards[shard]} has no {name!r}, which {index.name} says it has: fetch it again.")
     return {name: headers[shard][name] for name, shard in named.items()}
+
+
+def read_tensor(place: TensorPlace) -> Tensor:
+    """One tensor, on the CPU, as its file has it. Raises ``ValueError`` for a type that none of ours is."""
+    dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+    if place.dtype not in dtypes:
+        raise ValueError(f"{place.file} has a tensor of {place.dtype}, which nothing here reads: give another file.")
+    raw = np.fromfile(place.file, np.uint8, place.nbytes, offset=place.start)
+    return torch.from_numpy(raw).view(dtypes[place.dtype]).view(place.shape)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write whole tensors to a new file, synced. Raises ``OSError`` when the disk is full."""
+    with open(path, "wb") as file:
+        writer = TensorWriter(file, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+        for name, tensor in tensors.items():
+            writer.put(name, 0, tensor.detach().cpu())
+        os.fsync(file.fileno())
 
 
 class TensorWriter:

@@ -49,6 +49,17 @@ class Loaded:
     facts: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Network:
+    """A trained model without its tables."""
+
+    folder: Path
+    """Of the checkpoint."""
+    decoder: Decoder
+    tokenizer: Tokenizer
+    facts: dict[str, Any]
+
+
 def save_checkpoint(
     folder: Path,
     step: int,
@@ -120,7 +131,7 @@ def _write(
     _save_whole(_weights(decoder), partial / "model.safetensors", ranks)
     _save_whole(_optimizer_tensors(optimizers), partial / "optimizer.safetensors", ranks)
     for name, bank in banks.items():
-        save_bank(bank, partial / f"memory-{name}", since and since / f"memory-{name}")
+        save_bank(bank, memory_folder(partial, name), since and memory_folder(since, name))
 
     def vouch() -> None:
         (partial / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
@@ -161,7 +172,7 @@ def resume(
     _load_weights(decoder, path, ranks)
     _load_optimizers(optimizers, load_file(path / "optimizer.safetensors"), path, ranks)
     for name, bank in banks.items():
-        load_bank(bank, path / f"memory-{name}")
+        load_bank(bank, memory_folder(path, name))
     return facts
 
 
@@ -170,6 +181,14 @@ def open_checkpoint(path: Path, device: str = "cpu") -> Loaded:
 
     Raises ``ValueError`` when there is none or a file is damaged.
     """
+    network = open_network(path, device)
+    folders = {name: memory_folder(network.folder, name) for name in network.facts["banks"]}
+    banks = {name: open_bank(folder, device=device) for name, folder in folders.items()}
+    return Loaded(network.decoder, banks, network.tokenizer, network.facts)
+
+
+def open_network(path: Path, device: str = "cpu") -> Network:
+    """As :func:`open_checkpoint`, without the banks, which stay where :func:`memory_folder` says."""
     newest = path if (path / _FACTS).exists() else latest_checkpoint(path)
     if newest is None:
         raise ValueError(f"There is no checkpoint in {path}: give a run's folder or one of its {_PREFIX}… folders.")
@@ -181,8 +200,12 @@ def open_checkpoint(path: Path, device: str = "cpu") -> Loaded:
         )
     decoder = Decoder(DecoderConfig.from_dict(facts["model"])).to(device)
     _load_weights(decoder, newest)
-    banks = {name: open_bank(newest / f"memory-{name}", device=device) for name in facts["banks"]}
-    return Loaded(decoder.eval(), banks, tokenizer, facts)
+    return Network(newest, decoder.eval(), tokenizer, facts)
+
+
+def memory_folder(checkpoint: Path, name: str) -> Path:
+    """Where a checkpoint keeps the memory of this name."""
+    return checkpoint / f"memory-{name}"
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -210,8 +233,8 @@ def read_facts(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / _FACTS} is damaged, or none of torch-engram's: {_MEND}.") from error
     for bank in facts["banks"]:
-        if not (path / f"memory-{bank}" / "memory.json").exists():
-            raise ValueError(f"{path / f'memory-{bank}'} is damaged or missing: {_MEND}.")
+        if not (memory_folder(path, bank) / "memory.json").exists():
+            raise ValueError(f"{memory_folder(path, bank)} is damaged or missing: {_MEND}.")
     for name, digest in digests.items():
         if not (path / name).exists() or file_digest(path / name) != digest:
             raise ValueError(f"{path / name} is truncated, damaged or missing: {_MEND}.")
