@@ -103,7 +103,12 @@ def checked(values: Values) -> list[list[str]]:
     waited, step = values["time: rows and gradients, NVLink"][2], two["step-alone"]
     sent = sum(values[f"{part}-bytes"][2] for part in ("id", "value", "gradient"))
     return [
-        [f"{gpus} GPU{'s' if gpus > 1 else ''}: {what}", f"{number(calculated)} {unit}", f"{number(found)} {unit}", claim]
+        [
+            f"{gpus} GPU{'s' if gpus > 1 else ''}: {what}",
+            f"{number(calculated)} {unit}",
+            f"{number(found)} {unit}",
+            claim,
+        ]
         for gpus, what, calculated, found, unit, claim in (
             (1, "records over the host's bus, alone", values["time: host bus"][1],
              one["fetch-alone"] + one["write-alone"], "ms", "host-table-step"),
