@@ -7,6 +7,7 @@ them in a :class:`Window` and so both follow what a key-value cache does to its 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -27,6 +28,34 @@ class DecodeState(Protocol):
 
     def reset(self) -> None:
         """Forget everything: the next position is a sequence's first."""
+
+
+class States:
+    """States that move together: a :class:`DecodeState` of its parts."""
+
+    def _parts(self) -> Iterable[DecodeState]:
+        """Those that may refuse a crop come first, so that nothing has been cropped then."""
+        raise NotImplementedError
+
+    def select(self, sequences: Tensor) -> None:
+        """See :class:`DecodeState`."""
+        for part in self._parts():
+            part.select(sequences)
+
+    def repeat(self, times: int) -> None:
+        """See :class:`DecodeState`."""
+        for part in self._parts():
+            part.repeat(times)
+
+    def crop(self, drop: int) -> None:
+        """See :class:`DecodeState`. Raises ``ValueError`` past the drafts that its parts were made for."""
+        for part in self._parts():
+            part.crop(drop)
+
+    def reset(self) -> None:
+        """See :class:`DecodeState`."""
+        for part in self._parts():
+            part.reset()
 
 
 class Window:

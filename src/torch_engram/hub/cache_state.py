@@ -9,43 +9,31 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from torch_engram.fusion.engram import EngramState
-from torch_engram.window import Window
+from torch_engram.window import States, Window
 
 DRAFTS = 64
 """Positions that can be taken back, as assisted decoding does with rejected drafts."""
 
 
-class MemoryState:
-    """Of one memory: the last tokens, and every layer's convolution; a :class:`~torch_engram.window.DecodeState`."""
+class MemoryState(States):
+    """Of one memory: the last tokens, and every layer's convolution."""
 
     def __init__(self, history: Window, layers: Mapping[int, EngramState]):
         self.history, self.layers = history, dict(layers)
         self.seen = 0
         """Positions so far."""
 
-    def _windows(self) -> list[Window]:
-        return [self.history, *self.layers.values()]
-
-    def select(self, sequences: Tensor) -> None:
-        """See :class:`~torch_engram.window.DecodeState`."""
-        for window in self._windows():
-            window.select(sequences)
-
-    def repeat(self, times: int) -> None:
-        """See :class:`~torch_engram.window.DecodeState`."""
-        for window in self._windows():
-            window.repeat(times)
+    def _parts(self) -> list[Window]:
+        return sorted((self.history, *self.layers.values()), key=lambda window: window.keep)
 
     def crop(self, drop: int) -> None:
         """See :class:`~torch_engram.window.DecodeState`."""
-        for window in self._windows():
-            window.crop(drop)
+        super().crop(drop)
         self.seen -= drop
 
     def reset(self) -> None:
         """See :class:`~torch_engram.window.DecodeState`."""
-        for window in self._windows():
-            window.reset()
+        super().reset()
         self.seen = 0
 
 

@@ -20,7 +20,7 @@ from torch_engram.models.config import DecoderConfig
 from torch_engram.models.layout import SequenceState, find_places, lay_out
 from torch_engram.models.moe import MoE
 from torch_engram.models.norm import RMSNorm
-from torch_engram.window import DecodeState
+from torch_engram.window import DecodeState, States
 
 MASKED_LOGIT = -1e30
 """Logit of an id beyond the tokenizer: probability exactly 0, yet finite, so that p * log p stays a number."""
@@ -33,7 +33,7 @@ class Memory(Protocol):
         """The embeddings ``[B, T, E]`` of each memory that enters at ``layer``, by name; empty where none does."""
 
 
-class DecoderState:
+class DecoderState(States):
     """Everything that decoding remembers: places, keys and values, Engram states. A :class:`DecodeState`."""
 
     def __init__(self, blocks: list[BlockState]):
@@ -50,26 +50,6 @@ class DecoderState:
         yield from sorted(windows, key=lambda window: window.keep)
         yield from (block.kv for block in self.blocks)
         yield self.sequences
-
-    def select(self, sequences: Tensor) -> None:
-        """See :class:`torch_engram.window.DecodeState`."""
-        for part in self._parts():
-            part.select(sequences)
-
-    def repeat(self, times: int) -> None:
-        """See :class:`torch_engram.window.DecodeState`."""
-        for part in self._parts():
-            part.repeat(times)
-
-    def crop(self, drop: int) -> None:
-        """See :class:`torch_engram.window.DecodeState`. Raises ``ValueError`` past the state's drafts."""
-        for part in self._parts():
-            part.crop(drop)
-
-    def reset(self) -> None:
-        """See :class:`torch_engram.window.DecodeState`."""
-        for part in self._parts():
-            part.reset()
 
 
 class Decoder(nn.Module):
