@@ -109,9 +109,22 @@ CASES: list[tuple[int, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-def test_tables_divided_over_ranks_train_as_one_does() -> None:
-    ranks = 3  # more than heads, and no divisor of a table's rows
-    every = run_ranks(ranks, train_all, CASES)
+RANKS = 3
+"""More than heads, and no divisor of a table's rows."""
+
+
+def train_all_and_give_up(cases: list[tuple[int, dict[str, Any]]], bad: int) -> tuple[list[Any], tuple[str, Any]]:
+    return train_all(cases), give_up_once(bad)
+
+
+@pytest.fixture(scope="module")
+def by_ranks() -> list[Any]:
+    """What each rank did; they are started once."""
+    return run_ranks(RANKS, train_all_and_give_up, CASES, 1)
+
+
+def test_tables_divided_over_ranks_train_as_one_does(by_ranks: list[Any]) -> None:
+    ranks, every = RANKS, [rank[0] for rank in by_ranks]
     for rank in every:
         assert all(same(rank[0], other) for other in rank[1:3])  # at any depth and placement, bit for bit
         assert same(rank[3], rank[4])
@@ -147,17 +160,16 @@ def give_up_once(bad: int) -> tuple[str, list[Tensor]]:
     return str(refused.value), [*seen, *held(bank)]
 
 
-def test_a_rank_that_gives_a_step_up_tells_all_and_no_later_one_is_spoilt() -> None:
-    ranks = 2
-    (told, run), (why, _) = run_ranks(ranks, give_up_once, 1)
-    assert told == "Rank 1 found no rows for this step, and says why where it runs." and "99" in why
+def test_a_rank_that_gives_a_step_up_tells_all_and_no_later_one_is_spoilt(by_ranks: list[Any]) -> None:
+    (told, run), (why, _), (also, _) = [rank[1] for rank in by_ranks]
+    assert told == also == "Rank 1 found no rows for this step, and says why where it runs." and "99" in why
     bank, seen = make(), []
     for number in range(2):
-        step = bank.prefetch(*[micro for rank in range(ranks) for micro in batch(number, rank)])
-        seen += backward(step, 1 / ranks, range(2 * ranks))[:4]  # those of rank 0
+        step = bank.prefetch(*[micro for rank in range(RANKS) for micro in batch(number, rank)])
+        seen += backward(step, 1 / RANKS, range(2 * RANKS))[:4]  # those of rank 0
         step.reduce()
         step.apply()
-    expected = [*seen, *(rows[::ranks] for rows in held(bank))]
+    expected = [*seen, *(rows[::RANKS] for rows in held(bank))]
     for mine, theirs in zip(run, expected, strict=True):
         exact = mine.view(torch.float32), theirs.view(torch.float32)
         torch.testing.assert_close(*exact, rtol=1e-4, atol=1e-5)
