@@ -130,7 +130,7 @@ def test_one_trajectory_bit_for_bit_behind_caches(
     assert all(counts["hits"] > 0 for counts in bank.cache_counts().values())
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     st.sampled_from([{}, BY_ORDER, {"row_dim": (3, 3, 2), "max_ngram": 4}, {"scheme": "qwen_ple", "row_multiple": 8}]),
     st.sampled_from(["fp32", "bf16", "fp16", "fp8", "int8"]), st.sampled_from([1, 50]), st.integers(0, 99),
@@ -209,7 +209,7 @@ def dense_forward(bank: MemoryBank, dense: list[nn.Embedding], tokens: Tokens, l
     return whole if tokens.live is None else whole * tokens.live[..., None]
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     st.sampled_from([{}, BY_ORDER, {"row_dim": (3, 3, 2), "max_ngram": 4}, {"scheme": "qwen_ple", "row_multiple": 8}]),
     st.integers(2, 40), st.integers(1, 3), st.integers(0, 99),
@@ -268,7 +268,7 @@ def test_dead_positions_never_change_a_row(make_bank: Make, train: Run, every_re
     assert all(torch.equal(a, b) for a, b in zip(*map(every_record, banks), strict=True))
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(st.data())
 def test_decoding_equals_the_whole_and_follows_the_cache(make_bank: Make, data: st.DataObject) -> None:
     bank = make_bank({"max_ngram": data.draw(st.integers(2, 5))})

@@ -94,7 +94,7 @@ def compare_random(
     compare(engram, [streams, keys_value], masks, rtol=1e-3 if dtype == torch.float32 else 2e-2)
 
 
-@settings(max_examples=2, phases=(Phase.explicit, Phase.generate))  # an example takes too long to shrink
+@settings(max_examples=1, phases=(Phase.explicit, Phase.generate))  # an example takes too long to shrink
 @given(
     fusion=st.sampled_from(("paper", "deepseek-v4.1", "qwen-ple")), branches=st.integers(1, 4),
     hidden=st.integers(1, 130), taps=st.sampled_from((0, 2, 3, 4)), order=st.integers(2, 4), batch=st.integers(1, 3),

@@ -99,7 +99,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(STEPS, st.sampled_from([35, 500]))
 def test_is_a_dictionary(make: Make, steps: list[tuple[str, int, int, bool]], width: int) -> None:
     """Neighbours that share blocks, or rows all over the table; a fetch lays what is not acknowledged over."""

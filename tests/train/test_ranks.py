@@ -25,7 +25,7 @@ from torch_engram.train.guards import deterministic_kernels
 from torch_engram.train.metrics import read_metrics
 from torch_engram.train.ranks import Ranks, _own_gpu, require_different
 
-STEPS = 4
+STEPS = 3
 DENSE = ("weight", "optimizer")
 CLOSE = dict(rtol=1e-3, atol=2e-5)
 """Sums of other shares round otherwise, and Adam divides by roots of them."""
