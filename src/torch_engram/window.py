@@ -7,6 +7,7 @@ them in a :class:`Window` and so both follow what a key-value cache does to its 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -30,12 +31,12 @@ class DecodeState(Protocol):
         """Forget everything: the next position is a sequence's first."""
 
 
-class States:
+class States(ABC):
     """States that move together: a :class:`DecodeState` of its parts."""
 
+    @abstractmethod
     def _parts(self) -> Iterable[DecodeState]:
         """Those that may refuse a crop come first, so that nothing has been cropped then."""
-        raise NotImplementedError
 
     def select(self, sequences: Tensor) -> None:
         """See :class:`DecodeState`."""

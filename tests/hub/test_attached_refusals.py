@@ -59,6 +59,7 @@ def test_models_and_layers(model, untouched) -> None:
     refused("EngramConfig.hidden is 64, and the model has 32: use config_for", model, tokenizer,
             config_for(wider, tokenizer, **FIELDS))  # fmt: skip
     refused("'my memory' is no name for a memory", model, tokenizer, config, name="my memory")
+    refused("'items' is no name for a memory", model, tokenizer, config, name="items")
     refused("There is no placement 'gpu'", model, tokenizer, config, placement="gpu")
 
 

@@ -84,6 +84,12 @@ def test_a_resumed_run_ends_as_one_that_was_not(place: Path, tmp_path: Path) -> 
     assert torch.equal(weights(tmp_path / "half")["logits"], weights(tmp_path / "whole")["logits"])
 
 
+def test_a_folder_without_a_model(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as refused:
+        finetune(Finetuning(str(tmp_path), str(place / "text.txt"), str(tmp_path / "out"), **SMALL))
+    assert "There is no causal model with a tokenizer at" in str(refused.value) and "\n" not in str(refused.value)
+
+
 def test_sequences_keep_documents_apart(place: Path, tmp_path: Path) -> None:
     from torch_engram.data import open_corpus, tokenize_corpus
     from torch_engram.data.tokenizers import load_tokenizer
@@ -109,6 +115,9 @@ def test_the_command(place: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*command, *options])
     assert done.exit_code == 0, done.output
     assert "Held-out text: " in done.output and "rows trained" in done.output
-    for extra, match in ((["--lora", "--full"], "choose one"), (["--layers", "one"], "give block numbers")):
+    for extra, match in (
+        (["--lora", "--full"], "choose one"), (["--layers", "one"], "give block numbers"),
+        (["--device", "gpu"], "There is no device 'gpu'"),
+    ):  # fmt: skip
         refused = CliRunner().invoke(app, [*command, *extra])
         assert isinstance(refused.exception, ValueError) and match in str(refused.exception)

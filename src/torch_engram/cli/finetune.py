@@ -39,8 +39,11 @@ def finetune(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from torch_engram.hub.finetune import Finetuning
-    from torch_engram.hub.finetune import finetune as run
+    try:
+        from torch_engram.hub.finetune import Finetuning
+        from torch_engram.hub.finetune import finetune as run
+    except ImportError as error:
+        raise ValueError(str(error)) from error
 
     plan = Finetuning(
         model, data, str(out), trains="lora" if lora else "full" if full else "memory",

@@ -76,11 +76,13 @@ def _require_fit(model: nn.Module, blocks: Blocks, config: EngramConfig, name: s
         if getattr(config, field) != has:
             raise ValueError(_MISFIT.format(field, getattr(config, field), "model", has))
     if config.layers[-1] >= layers:
-        raise ValueError(f"{kind} has {layers} blocks, 0 to {layers - 1}, and no block {config.layers[-1]}.")
+        raise ValueError(
+            f"{kind} has {layers} blocks, 0 to {layers - 1}, and no block {config.layers[-1]}: choose others."
+        )
     if name in memories_of(model):
         raise ValueError(f"{kind} has a memory {name!r} already: detach it first, or give this one another name.")
-    if not name.isidentifier():
-        raise ValueError(f"{name!r} is no name for a memory: use letters, digits and underscores.")
+    if not name.isidentifier() or hasattr(_Memories, name):
+        raise ValueError(f"{name!r} is no name for a memory: use another, of letters, digits and underscores.")
 
 
 class _Memories(nn.ModuleDict):

@@ -34,6 +34,7 @@ from torch_engram.hub.attached import Attached
 from torch_engram.hub.loading import restore_memories
 from torch_engram.optim import RowAdam
 from torch_engram.stores import make_keys
+from torch_engram.train.build import require_device
 
 TRAINS = ("memory", "lora", "full")
 METRICS, CARD = "metrics.json", "README.md"
@@ -147,8 +148,16 @@ def finetune(plan: Finetuning, resume: bool = False, watch: Callable[[int, float
 
 def build(plan: Finetuning) -> tuple[PreTrainedModel, Any, Attached]:
     """The model with what is trained of it, and its tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(plan.model)
-    model: Any = AutoModelForCausalLM.from_pretrained(plan.model, dtype=getattr(torch, plan.dtype))
+    require_device(plan.device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(plan.model)
+        model: Any = AutoModelForCausalLM.from_pretrained(plan.model, dtype=getattr(torch, plan.dtype))
+    except (OSError, ValueError) as error:
+        said = str(error).strip().partition("\n")[0].rstrip(".: ")
+        raise ValueError(
+            f"There is no causal model with a tokenizer at {plan.model!r} ({said}): give its folder, or a name on a hub "
+            "that this machine reaches."
+        ) from error
     model = model.to(plan.device)
     if plan.trains == "lora":
         try:
