@@ -71,6 +71,7 @@ class Finetuning:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_device(self.device)
         if self.trains not in TRAINS:
             raise ValueError(f"trains is {self.trains!r}: {nearest(self.trains, TRAINS)}")
         for name in ("steps", "batch_size", "accumulation", "seq_len", "rank", "save_every"):
@@ -148,15 +149,14 @@ def finetune(plan: Finetuning, resume: bool = False, watch: Callable[[int, float
 
 def build(plan: Finetuning) -> tuple[PreTrainedModel, Any, Attached]:
     """The model with what is trained of it, and its tokenizer."""
-    require_device(plan.device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(plan.model)
         model: Any = AutoModelForCausalLM.from_pretrained(plan.model, dtype=getattr(torch, plan.dtype))
     except (OSError, ValueError) as error:
         said = str(error).strip().partition("\n")[0].rstrip(".: ")
         raise ValueError(
-            f"There is no causal model with a tokenizer at {plan.model!r} ({said}): give its folder, or a name on a hub "
-            "that this machine reaches."
+            f"There is no causal model with a tokenizer at {plan.model!r} ({said}): give its folder, or a name "
+            "on a hub that this machine reaches."
         ) from error
     model = model.to(plan.device)
     if plan.trains == "lora":
