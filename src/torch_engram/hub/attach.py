@@ -50,6 +50,8 @@ def attach(
     """
     found, vocab = find_blocks(model, blocks), CanonicalVocab.of(tokenizer)
     _require_fit(model, found, config, name)
+    if "group" in options:
+        raise ValueError("Every rank keeps all rows of a memory on a model: leave out group=.")
     if config.vocab_size != vocab.size:
         raise ValueError(_MISFIT.format("vocab_size", config.vocab_size, "tokenizer", vocab.size))
     weight = embedding_of(model)

@@ -23,7 +23,8 @@ from transformers.utils.generic import ModelOutput
 from torch_engram.fusion import Engram
 from torch_engram.hub.blocks import Blocks
 from torch_engram.hub.cache_state import DRAFTS, MemoryState, cache_among, states_of
-from torch_engram.hub.row_steps import RowSteps
+from torch_engram.hub.peers import peers_of
+from torch_engram.hub.row_steps import Backward, RowSteps
 from torch_engram.hub.tokens import arguments_of, tokens_of
 from torch_engram.memory import JoinedOptimizer, Memory, MemoryBank, Tokens
 
@@ -49,7 +50,7 @@ class Attached(nn.Module):
         self._vocab_size = len(weight)
         self._steps = RowSteps(bank)
         self._calls = threading.local()
-        """Of each thread: the forward that is under way."""
+        """Of each thread: the forward that is under way, and the backward that is to follow."""
         self._hooks = [
             blocks.owner.register_forward_pre_hook(self._enter, with_kwargs=True),
             blocks.owner.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
@@ -101,7 +102,8 @@ class Attached(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(self, owner: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        self._calls.now = None
+        self._calls.now, backward = None, self._expect_backward()
+        self._calls.backward = backward
         if not self.enabled:
             return
         given = arguments_of(owner, args, named)
@@ -111,9 +113,15 @@ class Attached(nn.Module):
         if state is not None:
             tokens = Tokens(tokens.ids, tokens.doc_start, tokens.live, state.history)
             state.seen += tokens.ids.shape[1]
-        trains = self.bank.optimizer is not None and torch.is_grad_enabled() and owner.training
-        memory = self._steps.forward(tokens) if trains else self.bank.read(tokens)
+        memory = self.bank.read(tokens) if backward is None or not owner.training else backward.read(tokens)
         self._calls.now = _Call(memory, tokens, state)
+
+    def _expect_backward(self) -> Backward | None:
+        """Of this forward, where rows are trained; other ranks may read, and train, what this one does not."""
+        if not torch.is_grad_enabled():
+            return None
+        peers = peers_of(self.name, next(self.engrams.parameters()))
+        return None if self.bank.optimizer is None else self._steps.follow(peers)
 
     def _state(self, given: dict[str, Any]) -> tuple[MemoryState | None, int | None]:
         """What a cache remembers for this memory, and the positions that it holds."""
@@ -169,11 +177,19 @@ class Attached(nn.Module):
 
     def _leave(self, owner: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         call: _Call | None = getattr(self._calls, "now", None)
-        self._calls.now = None
+        if output is not None:
+            self._follow(output)
+        self._calls.now = self._calls.backward = None
         if call is not None and call.state is not None:
             cache = cache_among(vars(output)) if isinstance(output, ModelOutput) else None
             if cache is not None:
                 states_of(cache).setdefault(self.name, call.state)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _follow(self, output: Any) -> None:
+        backward: Backward | None = getattr(self._calls, "backward", None)
+        if backward is not None:
+            backward.begins_at(output)
 
 
 @dataclass(frozen=True)
@@ -197,7 +213,10 @@ def embedding_of(model: PreTrainedModel) -> Tensor:
 
 
 class _Rows(nn.Module):
-    """A bank's proxies among a model's parameters, where clipping finds them: saved with the bank, moved nowhere."""
+    """A bank's proxies among a model's parameters, where clipping finds them: saved with the bank, moved nowhere.
+
+    ``DistributedDataParallel``, which asks each module for parameters of its own, gets none: their gradients come from
+    no backward, and ranks average them otherwise."""
 
     def __init__(self, proxies: list[nn.Parameter]):
         super().__init__()
@@ -206,6 +225,12 @@ class _Rows(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> _Rows:
         return self
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """All of them, but no module's own."""
+        return super().named_parameters(prefix, recurse, remove_duplicate) if recurse else iter(())
 
 
 def memories_of(model: nn.Module) -> Mapping[str, Attached]:

@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from torch_engram.durable import replacing, sync, write_json
+from torch_engram.durable import alone_in, replacing, sync, write_json
 from torch_engram.hub.attached import Attached
 from torch_engram.memory import save_bank
 
@@ -30,11 +30,17 @@ _ROWS, _MODULES = re.compile(r"rows-[0-9a-f]{8}"), re.compile(r"modules-[0-9a-f]
 def save_memory(memory: Attached, folder: str | os.PathLike[str]) -> None:
     """Write a memory to ``folder``: rows with their optimiser's state, modules, configuration, canonical vocabulary.
 
-    Over an earlier save only rows that changed are written. Raises ``OSError`` when the disk is full; what was there
+    Over an earlier save only rows that changed are written. Processes of one machine save into a folder one after the
+    other. Raises ``OSError`` when the disk is full; what was there
     before is then whole.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder, wait=True):
+        _write(memory, folder)
+
+
+def _write(memory: Attached, folder: Path) -> None:
     earlier = read_facts(folder) if (folder / FACTS).exists() else None
     mark = secrets.token_hex(4)
     rows, modules = f"rows-{mark}", f"modules-{mark}.safetensors"

@@ -87,6 +87,8 @@ class MemoryBank:
         self._reads = self._choose_reads()
         self.saved: tuple[str, tuple[int, ...]] | None = None
         """What was last saved or loaded: its digest, and since when stores count changes of it."""
+        self.origin = ""
+        """The digest of the save that all rows were last loaded from; empty where they began here."""
         self._prefetcher = Prefetcher(
             name, self.device, dtype, cached=self._reads is CachedReads, together=self.exchange is not None
         )

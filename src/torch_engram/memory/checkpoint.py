@@ -200,6 +200,7 @@ def load_bank(bank: MemoryBank, directory: Path) -> None:
         for table, manifest in zip(bank.tables, saved.tables, strict=True):
             tables.load(directory / table_folder(table.space), table, manifest)
         bank.flush()
+    bank.origin = saved.digest
     _settle(bank, saved.digest)
 
 

@@ -39,7 +39,7 @@ class JoinedOptimizer(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Step the network's optimisers, then apply the working set that each bank has reduced.
 
-        Raises ``ValueError``, before anything changes, where a bank has none.
+        Raises ``ValueError``, before anything changes, where a bank has none, or not yet what other ranks give to it.
         """
         loss = None
         if closure is not None:
@@ -102,4 +102,5 @@ def _reduced_by(bank: MemoryBank) -> WorkingSet:
         raise ValueError(
             f"Memory {bank.name!r} has no gradients to step with: call reduce() on the working set before step()."
         )
+    bank.reduced.require_whole()
     return bank.reduced

@@ -16,6 +16,7 @@ from torch_engram.memory.segments import Segments, expand, merge, unique_rows
 from torch_engram.memory.source import Source
 from torch_engram.memory.tables import Table
 from torch_engram.stores import DecodedRows, make_keys
+from torch_engram.stores.records import ROW_MASK, SPACE_SHIFT
 
 
 class TouchedRows:
@@ -177,6 +178,25 @@ class TouchedRows:
         records = torch.cat((self.planes.encode(), other.planes.encode()))
         self.planes = DecodedRows(self.source.format, keys, records[read_at])
         self.keys, self.grad = keys, grads
+
+    def holds(self, keys: Tensor) -> Tensor:
+        """Which keys int64 ``[n]`` are of this table, bool ``[n]``."""
+        return keys >> SPACE_SHIFT == self.table.space
+
+    def take_in(self, keys: Tensor) -> None:
+        """Have the rows of keys int64 ``[n]`` of this table, too, which others read: as of the newest epoch, with no
+        gradient."""
+        assert not self.source.store.grouped, "rows that are trained are kept one by one"
+        missing = keys[~torch.isin(keys, self.keys)]
+        if not len(missing):
+            return
+        others = TouchedRows(self.table, self.source)
+        try:
+            others._bring(missing & ROW_MASK, None)
+            others.catch_up(())
+        finally:
+            others.release()
+        self.absorb(others)
 
     def total_grad(self) -> Tensor:
         """The gradient fp32 ``[U, dim]``, zero for rows that were read but got none."""

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from torch_engram.memory.prepared import PreparedLayer
+from torch_engram.memory.replicas import average
 from torch_engram.memory.rows import TouchedRows
 
 if TYPE_CHECKING:
@@ -65,6 +67,8 @@ class WorkingSet:
         self._micro_batches, self._trains = micro_batches, trains
         self._leaves: dict[tuple[int, int], Tensor] = {}
         self._state = "open"  # then "reduced", then "done"
+        self.awaits_ranks = False
+        """Whether other ranks' gradients are still to come, so that it must not be applied."""
 
     def __len__(self) -> int:
         """Number of micro-batches."""
@@ -197,6 +201,23 @@ class WorkingSet:
             mine.absorb(theirs)
         other.discard()
 
+    def average(self, group: ProcessGroup, state: int) -> None:
+        """Touch what the working sets of any rank of ``group`` touch, with the mean of all ranks' gradients, where every
+        rank keeps all rows: see :func:`~torch_engram.memory.replicas.average`. Collective."""
+        self._expect("open", "average() comes before reduce()")
+        for layer in self._rows:
+            self._layer(layer).join()
+        with self._bank._on_its_device():
+            average(self._bank.name, self._all_rows(), group, state)
+
+    def require_whole(self) -> None:
+        """Raises ``ValueError`` when other ranks' gradients are still to come."""
+        if self.awaits_ranks:
+            raise ValueError(
+                f"Other ranks' gradients of memory {self._bank.name!r} are still to come: run the last backward of a "
+                "step outside no_sync()."
+            )
+
     def norm(self) -> Tensor:
         """The Euclidean norm of all row gradients, those of all ranks, a scalar; it counts what clipping has done to
         them. Collective, where rows are divided over ranks."""
@@ -207,9 +228,11 @@ class WorkingSet:
     def apply(self, scale: float = 1.0) -> None:
         """Multiply the gradients by ``scale``, take one step of the bank's optimiser, and write the rows back.
 
-        Raises ``ValueError`` when another working set was applied after this one's rows were read.
+        Raises ``ValueError`` when another working set was applied after this one's rows were read, or other ranks'
+        gradients are still to come.
         """
         self._expect("reduced", "call reduce() before apply()")
+        self.require_whole()
         rows = self._all_rows()
         if scale != 1.0:
             for touched in rows:
