@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
+from torch.multiprocessing import start_processes  # type: ignore[attr-defined]
 
 
-def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, device: str = "cpu") -> list[Any]:
+def run_ranks(
+    ranks: int, function: Callable[..., Any], *arguments: Any, device: str = "cpu", imports: Sequence[str] = ()
+) -> list[Any]:
     """What ``function(*arguments)`` returns on every rank, in processes of their own, where torch.distributed is there.
 
-    ``function`` is at the top of its module; on ``cuda`` each rank has a GPU. Raises what one of them raised.
+    ``function`` is at the top of its module; on ``cuda`` each rank has a GPU. ``imports``: modules that take long, which
+    are imported once for all ranks. Raises what one of them raised.
     """
+    method = "forkserver" if imports else "spawn"
+    if imports:
+        multiprocessing.set_forkserver_preload(list(imports))
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_rank, (ranks, Path(folder), device, function, arguments), ranks)  # type: ignore[no-untyped-call]
+        start_processes(_rank, (ranks, Path(folder), device, function, arguments), ranks, start_method=method)
         return [torch.load(_result(Path(folder), rank), weights_only=False) for rank in range(ranks)]
 
 

@@ -104,27 +104,45 @@ OWN: list[tuple[dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-# -- a rank without the memory, or with a batch that reads nothing ------------------------------------------------------
+# -- a rank that reads nothing, or more often than another ---------------------------------------------------------------
+
+
+class Several(nn.Module):
+    """A model that is called as often as its batch has parts."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        return torch.stack([self.model(ids, labels=ids).loss for ids in parts]).sum()
 
 
 def train_apart() -> list[Tensor]:
-    """In every step another rank leaves the memory out, or sees nothing but padding. A norm is trained along."""
+    """In each step another rank leaves the memory out, or sees padding alone, as both then do. A norm is trained, too."""
     model, memory = make()
     model.model.norm.requires_grad_(True)
     rank = dist.get_rank() if dist.is_initialized() else None
-    whole = model if rank is None else DistributedDataParallel(model, find_unused_parameters=True)
+    several: nn.Module = Several(model)
+    whole = model
+    if rank is not None:
+        whole = DistributedDataParallel(model, find_unused_parameters=True)
+        several = DistributedDataParallel(several, find_unused_parameters=True)
     optimizer = memory.optimizer(lr=1e-2)
-    for number, step in enumerate(parts(4)):
+    share = 1 if rank is not None else RANKS
+    for number, step in enumerate(parts(5)):
         for of, ids in enumerate(step[0]):
-            if rank not in (None, of):
-                continue
-            odd = number % 2 == of
-            mask = torch.zeros_like(ids) if odd and number > 1 else torch.ones_like(ids)
-            with memory.disabled() if odd and number < 2 else nullcontext():
-                loss = whole(ids, attention_mask=mask, labels=ids).loss
-                (loss if rank is not None else loss / RANKS).backward()
+            if rank in (None, of):
+                odd = number % 2 == of
+                mask = torch.full_like(ids, number < 2 or not (odd or number == 4))
+                with memory.disabled() if odd and number < 2 else nullcontext():
+                    (whole(ids, attention_mask=mask, labels=ids).loss / share).backward()
         optimizer.step()
         optimizer.zero_grad()
+    for of, ids in enumerate(parts(1)[0, 0]):
+        if rank in (None, of):
+            (several(*ids.split(1 + of)) / share).backward()
+    optimizer.step()
     return held(memory)
 
 
@@ -254,7 +272,7 @@ def alone(folder: Path) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def by_ranks(folder: Path, alone: list[Tensor]) -> Iterator[list[dict[str, Any]]]:
-    yield run_ranks(RANKS, everything, folder)
+    yield run_ranks(RANKS, everything, folder, imports=["transformers.trainer", "torch_engram.hub"])
 
 
 @pytest.mark.parametrize("case", range(len(OWN)))

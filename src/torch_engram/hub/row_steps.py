@@ -30,15 +30,37 @@ class RowSteps:
         self._bank = bank
         self._step: WorkingSet | None = None
         """The rows of all backwards since the last step."""
+        self._task, self._coming = -1, list[Backward]()
+        """The backward that is under way, as autograd numbers it, and the forwards that it has come to."""
 
     def follow(self, peers: Peers | None) -> Backward:
         """The backward of a forward that begins now, whose gradients are averaged with ``peers``."""
         return Backward(self, self._bank, peers)
 
-    def backward_is_done(self, rows: WorkingSet | None, peers: Peers | None) -> None:
-        """Bind the step's rows, with those of one more micro-batch; None where it has read none."""
-        if rows is None:  # other ranks may have: take part
-            rows = self._bank.prefetch(Tokens(torch.zeros(1, 1, dtype=torch.int64), live=torch.zeros(1, 1).bool()))
+    def comes(self, backward: Backward) -> None:
+        """A forward's backward has begun; what is done when the whole of it ends is asked for by the first one."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:  # and what an earlier one that failed has come to is past
+            self._task, self._coming = task, []
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._is_done)
+        self._coming.append(backward)
+
+    def _is_done(self) -> None:
+        """Bind the step's rows with those that the backward has come to, and meet other ranks, once."""
+        came, self._task, self._coming = self._coming, -1, []
+        every = [backward.peers for backward in came if backward.peers is not None]
+        group = next((peers.group for peers in every if peers.meet), None)
+        for rows in [backward.rows for backward in came if backward.rows is not None] or [self._nothing()]:
+            self._join(rows)
+        assert self._step is not None
+        if group is not None:
+            self._step.average(group, self._state())
+        self._step.awaits_ranks = group is None and bool(every)
+        self._step.reduce()
+
+    def _join(self, rows: WorkingSet) -> None:
+        """The rows of the step are ``rows`` and those that it had."""
         if self._step is not None and not self._step.done:
             zeroed = self._bank.reduced is self._step and all(p.grad is None for p in self._bank.parameters())
             if zeroed:  # a step that was skipped
@@ -46,11 +68,10 @@ class RowSteps:
             else:
                 rows.absorb(self._step)
         self._step = rows
-        if peers is not None and peers.meet:
-            assert peers.group is not None
-            rows.average(peers.group, self._state())
-        rows.awaits_ranks = peers is not None and not peers.meet
-        rows.reduce()
+
+    def _nothing(self) -> WorkingSet:
+        """For a rank that has read nothing, to take part with: others may have."""
+        return self._bank.prefetch(Tokens(torch.zeros(1, 1, dtype=torch.int64), live=torch.zeros(1, 1).bool()))
 
     def _state(self) -> int:
         """The same on ranks with the same rows: what they mean, where they began, and how often they were written."""
@@ -64,16 +85,22 @@ class RowSteps:
 
 
 class Backward:
-    """One forward whose backward is followed, if it comes."""
+    """Of one forward, if it comes."""
 
     def __init__(self, steps: RowSteps, bank: MemoryBank, peers: Peers | None):
-        self._steps, self._bank, self._peers = steps, bank, peers
-        self._rows: WorkingSet | None = None
-        self._has_gradients = self._is_coming = False
+        self.peers = peers
+        self._steps, self._bank = steps, bank
+        self._read: WorkingSet | None = None
+        self._has_begun = self._has_rows = False
+
+    @property
+    def rows(self) -> WorkingSet | None:
+        """Those that it has given gradients to."""
+        return self._read if self._has_rows else None
 
     def read(self, tokens: Tokens) -> Memory:
         """The memory of the forward's tokens, whose gradients become those of rows."""
-        rows = self._rows = self._bank.prefetch(tokens)
+        rows = self._read = self._bank.prefetch(tokens)
         listened: set[int] = set()
 
         def wait(layer: int) -> Mapping[str, Tensor]:
@@ -87,29 +114,24 @@ class Backward:
         return Memory(wait)  # type: ignore[arg-type]
 
     def begins_at(self, output: Any) -> None:
-        """Where other ranks take part, they do so whatever this one reads: from the gradient of the decoder's output."""
-        if self._peers is not None and self._peers.meet:
+        """Where ranks meet, each takes part whatever it has read: from the gradient of the decoder's output on."""
+        if self.peers is not None and self.peers.meet:
             hidden = output if isinstance(output, Tensor) else output[0]
             if hidden.requires_grad:
-                hidden.register_hook(lambda _: self._comes())
+                hidden.register_hook(lambda _: self._begins())
 
     def _after(self, leaf: Tensor) -> None:
         """A layer's gradient has come."""
-        if self._peers is not None and self._peers.group is None:
+        if self.peers is not None and self.peers.group is None:
             raise ValueError(
                 f"Rank {dist.get_rank()} of {dist.get_world_size()} trains memory {self._bank.name!r} by itself, so its "
                 "rows would become others than those of other ranks: wrap the model in DistributedDataParallel, as "
                 "Trainer does, and call that."
             )
-        self._has_gradients = True
-        self._comes()
+        self._has_rows = True
+        self._begins()
 
-    def _comes(self) -> None:
-        """Ask, once, for what is done at the backward's end."""
-        if not self._is_coming:
-            self._is_coming = True
-            engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(self._is_done)
-
-    def _is_done(self) -> None:
-        self._steps.backward_is_done(self._rows if self._has_gradients else None, self._peers)
+    def _begins(self) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            self._steps.comes(self)
