@@ -18,8 +18,8 @@ def run_ranks(
 ) -> list[Any]:
     """What ``function(*arguments)`` returns on every rank, in processes of their own, where torch.distributed is there.
 
-    ``function`` is at the top of its module; on ``cuda`` each rank has a GPU. ``imports``: modules that take long, which
-    are imported once for all ranks. Raises what one of them raised.
+    ``function`` is at the top of its module; on ``cuda`` each rank has a GPU. ``imports``: modules that take long
+    and are imported once for all ranks. Raises what one of them raised.
     """
     method = "forkserver" if imports else "spawn"
     if imports:

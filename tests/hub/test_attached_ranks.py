@@ -29,13 +29,12 @@ FIELDS: dict[str, Any] = dict(layers=(0, 1), heads=2, row_dim=8, rows_per_head=3
 CLOSE = dict(rtol=1e-3, atol=1e-6)
 
 
-def make(**options: Any) -> tuple[Any, Attached]:
+def make(device: str = "cpu", **options: Any) -> tuple[Any, Attached]:
     """Modules begin otherwise on every rank: wrapping the model brings those of rank 0 to all."""
-    model, tokenizer = make_model("llama"), make_tokenizer()
+    model, tokenizer = make_model("llama").to(device), make_tokenizer()
     torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)
-    memory = attach(
-        model, tokenizer, config_for(model, tokenizer, **FIELDS), optimizer=lambda rows: RowAdam(rows, lr=1e-2), **options
-    )
+    config = config_for(model, tokenizer, **FIELDS)
+    memory = attach(model, tokenizer, config, optimizer=lambda rows: RowAdam(rows, lr=1e-2), **options)
     return model.train(), memory
 
 
@@ -49,10 +48,11 @@ def held(memory: Attached) -> list[Tensor]:
     memory.bank.flush()
     found = []
     for table in memory.bank.tables:
-        source, keys = memory.bank.source(table), make_keys(table.space, torch.arange(table.rows))
+        source = memory.bank.source(table)
+        keys = make_keys(table.space, torch.arange(table.rows, device=memory.bank.device))
         rows = source.format.decode(keys, source.store.fetch(keys))
-        found += [rows[plane.name].clone() for plane in source.format.layout.planes]
-    return found + [weight.detach().clone() for weight in memory.engrams.state_dict().values()]
+        found += [rows[plane.name].clone().cpu() for plane in source.format.layout.planes]
+    return found + [weight.detach().clone().cpu() for weight in memory.engrams.state_dict().values()]
 
 
 def same(mine: list[Tensor], theirs: list[Tensor]) -> bool:
@@ -74,13 +74,13 @@ def train(options: dict[str, Any], micro_batches: str = "no_sync") -> dict[str, 
     whole = model if rank is None else DistributedDataParallel(model)
     optimizer = memory.optimizer(lr=1e-2)
     norms = []
-    for number, step in enumerate(parts()):
+    for number, step in enumerate(parts().to(model.device)):
         for micro, batch in enumerate(step):
             ids = batch.flatten(0, 1) if rank is None else batch[rank]
             accumulates = rank is not None and micro < MICRO - 1 and micro_batches == "no_sync"
             with whole.no_sync() if accumulates else nullcontext():
                 (whole(ids, labels=ids).loss / MICRO).backward()
-        norms.append(nn.utils.clip_grad_norm_(whole.parameters(), 0.05))
+        norms.append(nn.utils.clip_grad_norm_(whole.parameters(), 0.05).cpu())
         optimizer.step()
         optimizer.zero_grad()
         if rank == number % 2:
@@ -90,13 +90,14 @@ def train(options: dict[str, Any], micro_batches: str = "no_sync") -> dict[str, 
 
 def read_alone(model: Any, batches: int) -> None:
     """What no other rank takes part in."""
+    ids = parts()[0, 0, 0].to(model.device)
     model.eval()
     for _ in range(batches):
         with torch.no_grad():
-            model(parts()[0, 0, 0])
-    model.generate(parts()[0, 0, 0], max_new_tokens=2, do_sample=False)
+            model(ids)
+    model.generate(ids, max_new_tokens=2, do_sample=False)
     model.train()
-    model(parts()[0, 0, 0])  # a forward in training, whose backward never comes
+    model(ids)  # a forward in training, whose backward never comes
 
 
 OWN: list[tuple[dict[str, Any], str]] = [
@@ -104,7 +105,7 @@ OWN: list[tuple[dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-# -- a rank that reads nothing, or more often than another ---------------------------------------------------------------
+# -- a rank that reads nothing, or more often than another ------------------------------------------------------------
 
 
 class Several(nn.Module):
@@ -119,7 +120,8 @@ class Several(nn.Module):
 
 
 def train_apart() -> list[Tensor]:
-    """In each step another rank leaves the memory out, or sees padding alone, as both then do. A norm is trained, too."""
+    """In each step another rank leaves the memory out, or sees padding alone, as both do in the last but one. Of the
+    model a norm is trained, too."""
     model, memory = make()
     model.model.norm.requires_grad_(True)
     rank = dist.get_rank() if dist.is_initialized() else None
@@ -245,12 +247,16 @@ def save_all(folder: Path) -> list[Tensor]:
 # -- all of it, once --------------------------------------------------------------------------------------------------
 
 
+def train_all(cases: list[tuple[dict[str, Any], str]]) -> list[dict[str, Any]]:
+    return [train(*case) for case in cases]
+
+
 def everything(folder: Path) -> dict[str, Any]:
     rank = str(dist.get_rank())
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(RANKS), MASTER_ADDR="localhost", MASTER_PORT="0")
     transformers.logging.set_verbosity_error()
     return {
-        "own": [train(*case) for case in OWN],
+        "own": train_all(OWN),
         "apart": train_apart(),
         "trainer": run_trainer(folder / "ranks", 1),
         "recomputing": run_trainer(folder / "recomputing", 1, gradient_checkpointing=True),
@@ -284,6 +290,17 @@ def test_ranks_with_half_batches_train_as_one_process_with_whole_ones(case: int,
     close = dict(rtol=2e-2, atol=1e-3) if "codec" in OWN[case][0] else CLOSE  # bf16 is rounded by luck
     assert_close(one["norms"], alone["norms"], **close)
     assert_close(one["held"], alone["held"], **close)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_as_one() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"device": "cuda"}, "no_sync"), ({"device": "cuda", "placement": "host"}, "each time"),
+    ]  # fmt: skip
+    for case, one, other in zip(cases, *run_ranks(RANKS, train_all, cases, device="cuda"), strict=True):
+        assert same(one["held"], other["held"]) and same(one["norms"], other["norms"])
+        assert_close(one["held"], train(*case)["held"], rtol=1e-2, atol=1e-4)
 
 
 def test_a_rank_that_reads_nothing_takes_the_step_of_the_others(by_ranks: Any) -> None:

@@ -121,3 +121,11 @@ def test_the_command(place: Path, tmp_path: Path) -> None:
     ):  # fmt: skip
         refused = CliRunner().invoke(app, [*command, *extra])
         assert isinstance(refused.exception, ValueError) and match in str(refused.exception)
+
+
+def test_one_of_several_ranks_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    plan = Finetuning(str(place / "model"), str(place / "text.txt"), str(tmp_path / "out"), **SMALL)
+    with pytest.raises(ValueError, match="one of 2 ranks, and finetune trains in one process"):
+        finetune(plan)
+    assert not (tmp_path / "out").exists()

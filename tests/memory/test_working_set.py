@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from torch_engram.memory import MemoryBank, Tokens, WorkingSet, join
-from torch_engram.optim import RowAdam, RowwiseAdam
+from torch_engram.optim import ROW_OPTIMIZERS, RowAdam, RowwiseAdam
 
 Make = Callable[..., MemoryBank]
 Records = Callable[[MemoryBank], list[Tensor]]
@@ -23,8 +25,8 @@ def ids(*shape: int) -> Tensor:
     return torch.randint(60, shape or (2, 7))
 
 
-def backward(step: WorkingSet, name: str = "engram", factor: float = 1.0) -> None:
-    for micro in range(len(step)):
+def backward(step: WorkingSet, name: str = "engram", factor: float = 1.0, micros: int | None = None) -> None:
+    for micro in range(len(step) if micros is None else micros):
         for layer in (1, 3):
             (step[micro].wait(layer)[name].square().sum() * factor).backward()
 
@@ -371,3 +373,32 @@ def test_rows_are_read_from_many_threads_at_once(make_bank: Make) -> None:
         thread.join()
     assert all(torch.equal(found[number], rows) for number, rows in enumerate(expected))
     assert not bank.source(bank.tables[0]).in_use
+
+
+@given(case=st.integers(0, 10**6), kind=st.sampled_from(["adam", "rowwise_adam"]))
+@settings(max_examples=8)
+@pytest.mark.parametrize("where", ["host", "late-7"])
+def test_rows_that_others_read_take_the_step_as_if_read_here(
+    make_bank: Make, stores: dict[str, Any], every_record: Records, where: str, case: int, kind: str
+) -> None:
+    """With writes that no fetch has seen yet, and whatever the two have in common."""
+    draw = torch.Generator().manual_seed(case)
+    steps = [
+        [torch.randint(2 + case % 60, (1, int(torch.randint(0, 9, (), generator=draw))), generator=draw) for _ in "ab"]
+        for _ in range(4)
+    ]
+    found = []
+    for told in (True, False):
+        bank = make_bank(optimizer=ROW_OPTIMIZERS[kind], placement=stores[where])
+        for mine, others in steps:
+            step = bank.prefetch(mine) if told else bank.prefetch(mine, others)
+            backward(step, micros=1)
+            if told:
+                theirs = bank.prefetch(others)
+                for rows, read in zip(step._all_rows(), theirs._all_rows(), strict=True):
+                    rows.take_in(torch.cat((read.keys, rows.keys)).unique())
+                theirs.discard()
+            step.reduce()
+            step.apply()
+        found.append(every_record(bank))
+    assert same(*found)

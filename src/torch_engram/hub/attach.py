@@ -45,13 +45,12 @@ def attach(
     ``optimizer``: of the rows, as :class:`MemoryBank` takes it; None for a memory that is only read. ``blocks``: the
     path of the list of decoder blocks, where it is not found. ``options``: ``placement``, ``cache``, ``codec``,
     ``tables`` and ``seed``, as for :class:`MemoryBank`. Rows start at zero: the model's logits are what they were.
+    Processes that train a model together attach the same, and wrap it in ``DistributedDataParallel`` afterwards.
 
     Raises ``ValueError`` naming what does not fit: the model, a layer, the tokenizer, the configuration.
     """
     found, vocab = find_blocks(model, blocks), CanonicalVocab.of(tokenizer)
     _require_fit(model, found, config, name)
-    if "group" in options:
-        raise ValueError("Every rank keeps all rows of a memory on a model: leave out group=.")
     if config.vocab_size != vocab.size:
         raise ValueError(_MISFIT.format("vocab_size", config.vocab_size, "tokenizer", vocab.size))
     weight = embedding_of(model)
@@ -64,6 +63,8 @@ def attach(
 def attach_bank(model: PreTrainedModel, blocks: Blocks, bank: MemoryBank) -> Attached:
     """:func:`attach` with a bank that is there already. Raises ``ValueError`` where it does not fit the model."""
     _require_fit(model, blocks, bank.config, bank.name)
+    if bank.exchange is not None:
+        raise ValueError("Every rank keeps all rows of a memory that is on a model: leave out group=.")
     memory = Attached(model, blocks, bank)
     if not hasattr(model, ATTRIBUTE):
         model.add_module(ATTRIBUTE, _Memories(model))

@@ -35,6 +35,7 @@ from torch_engram.hub.loading import restore_memories
 from torch_engram.optim import RowAdam
 from torch_engram.stores import make_keys
 from torch_engram.train.build import require_device
+from torch_engram.train.ranks import launched_ranks
 
 TRAINS = ("memory", "lora", "full")
 METRICS, CARD = "metrics.json", "README.md"
@@ -115,8 +116,15 @@ class Sequences(Dataset[dict[str, Tensor]]):
 def finetune(plan: Finetuning, resume: bool = False, watch: Callable[[int, float], None] | None = None) -> Finetuned:
     """Train, save model and memory to ``plan.out`` with metrics and a card. ``watch``: is told of steps and losses.
 
-    Raises ``ValueError`` naming what is wrong with the model, the text or the folder.
+    Raises ``ValueError`` naming what is wrong with the model, the text or the folder, and where it is one of several
+    ranks.
     """
+    ranks = launched_ranks()
+    if ranks > 1:
+        raise ValueError(
+            f"This is one of {ranks} ranks, and finetune trains in one process: start it without torchrun, or attach() "
+            "a memory in a script of your own with Trainer."
+        )
     out = Path(plan.out)
     checkpoint = get_last_checkpoint(plan.out) if out.is_dir() else None
     if checkpoint is not None and not resume:

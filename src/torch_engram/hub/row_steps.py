@@ -2,8 +2,8 @@
 
 Every forward prefetches its own micro-batch. When its backward is done, its rows join those of the step's earlier
 micro-batches and are bound to the bank's proxies: clipping finds them there, and a
-:class:`~torch_engram.memory.JoinedOptimizer` applies them. Where several processes train the model, each keeps all rows.
-What they read of them they tell each other at the end of a backward, when they average the gradients of weights, too.
+:class:`~torch_engram.memory.JoinedOptimizer` applies them. Where several processes train the model, each keeps all
+rows. What they read of them they tell each other at the end of a backward that averages the gradients of weights, too.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ class Backward:
         """A layer's gradient has come."""
         if self.peers is not None and self.peers.group is None:
             raise ValueError(
-                f"Rank {dist.get_rank()} of {dist.get_world_size()} trains memory {self._bank.name!r} by itself, so its "
-                "rows would become others than those of other ranks: wrap the model in DistributedDataParallel, as "
+                f"Rank {dist.get_rank()} of {dist.get_world_size()} trains memory {self._bank.name!r} by itself, so "
+                "its rows would become others than those of other ranks: wrap the model in DistributedDataParallel, as "
                 "Trainer does, and call that."
             )
         self._has_rows = True

@@ -31,8 +31,7 @@ def save_memory(memory: Attached, folder: str | os.PathLike[str]) -> None:
     """Write a memory to ``folder``: rows with their optimiser's state, modules, configuration, canonical vocabulary.
 
     Over an earlier save only rows that changed are written. Processes of one machine save into a folder one after the
-    other. Raises ``OSError`` when the disk is full; what was there
-    before is then whole.
+    other. Raises ``OSError`` when the disk is full; what was there before is then whole.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

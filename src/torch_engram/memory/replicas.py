@@ -1,8 +1,8 @@
 """Ranks that each keep all rows of a memory, and take every step together.
 
 A read asks nobody, so each rank evaluates and generates as it likes. In a step every rank says which rows it read and
-takes in those of the others; the gradients of all of them are averaged. So the ranks take one step, the same to the last
-bit, and rows that were alike stay so without ever being sent.
+takes in those of the others; the gradients of all of them are averaged. So the ranks take one step, the same to the
+last bit, and rows that were alike stay so without ever being sent.
 """
 
 from __future__ import annotations

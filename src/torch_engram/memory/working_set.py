@@ -202,8 +202,9 @@ class WorkingSet:
         other.discard()
 
     def average(self, group: ProcessGroup, state: int) -> None:
-        """Touch what the working sets of any rank of ``group`` touch, with the mean of all ranks' gradients, where every
-        rank keeps all rows: see :func:`~torch_engram.memory.replicas.average`. Collective."""
+        """Touch what the working set of any rank of ``group`` touches, with the mean of all ranks' gradients, where
+        every rank keeps all rows: see :func:`~torch_engram.memory.replicas.average`. Collective."""
+        assert self._bank.exchange is None, "rows that are divided over ranks are averaged by reduce()"
         self._expect("open", "average() comes before reduce()")
         for layer in self._rows:
             self._layer(layer).join()
