@@ -70,16 +70,28 @@ def from_pretrained(folder: str | os.PathLike[str], tokenizer: Any = None, **opt
     """A model that was saved with its memories, and those attached. ``tokenizer``: theirs, by default the one in
     ``folder``. ``options``: of ``AutoModelForCausalLM.from_pretrained``.
 
-    Raises ``ValueError`` as :func:`load_memory` does, and for a folder without memories.
+    Raises ``ValueError`` as :func:`load_memory` does, and for a folder without memories, model or tokenizer.
     """
     found = [path.parent for path in (Path(folder) / MEMORIES).glob(f"*/{FACTS}")]
     if not found:
         raise ValueError(f"{folder} holds no memories: load it with AutoModelForCausalLM, or attach() one.")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
-    tokenizer = AutoTokenizer.from_pretrained(folder) if tokenizer is None else tokenizer
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder) if tokenizer is None else tokenizer
+    except (OSError, ValueError) as error:
+        raise no_model(str(folder), error) from error
     for memory in sorted(found, key=lambda folder: int(read_facts(folder)["place"])):
         load_memory(model, tokenizer, memory)
     return model
+
+
+def no_model(name: str, error: Exception) -> ValueError:
+    """What a user is told where transformers found no model, or no tokenizer, and said so at length."""
+    said = str(error).strip().partition("\n")[0].rstrip(".: ")
+    return ValueError(
+        f"There is no causal model with a tokenizer at {name!r} ({said}): give its folder, or a name on a hub that "
+        "this machine reaches."
+    )
 
 
 def _require_tokenizer(rows: Path, tokenizer: Any) -> None:
