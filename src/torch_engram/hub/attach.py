@@ -69,9 +69,14 @@ def attach_bank(model: PreTrainedModel, blocks: Blocks, bank: MemoryBank) -> Att
     return memory
 
 
-def _require_fit(model: nn.Module, blocks: Blocks, config: EngramConfig, name: str) -> None:
+def _require_fit(model: PreTrainedModel, blocks: Blocks, config: EngramConfig, name: str) -> None:
     """Before anything is changed."""
-    kind, layers = type(model).__name__, len(blocks.all)
+    kind, layers, weight = type(model).__name__, len(blocks.all), embedding_of(model)
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"The input embedding of {kind} is quantised to {weight.dtype}, and a memory takes its type from there: "
+            "leave the embedding out of the quantisation."
+        )
     for field, has in (("hidden", blocks.hidden), ("branches", blocks.branches)):
         if getattr(config, field) != has:
             raise ValueError(_MISFIT.format(field, getattr(config, field), "model", has))
@@ -96,6 +101,9 @@ class _Memories(nn.ModuleDict):
         for weight in self._trained:
             weight.requires_grad_(False)
         vars(model)["save_pretrained"] = _saving_memories(model)
+        self._quantizer = getattr(model, "hf_quantizer", None)
+        if self._quantizer is not None:
+            self._quantizer.__class__ = _trained_beside(type(self._quantizer))
 
     def remove(self, name: str, model: PreTrainedModel) -> None:
         """Forget a memory; with the last one, give the model back."""
@@ -103,6 +111,8 @@ class _Memories(nn.ModuleDict):
         if not len(self):
             vars(model).pop("save_pretrained", None)
             delattr(model, ATTRIBUTE)
+            if self._quantizer is not None:
+                self._quantizer.__class__ = type(self._quantizer).__base__
             for weight in self._trained:
                 weight.requires_grad_(True)
 
@@ -112,6 +122,12 @@ class _Memories(nn.ModuleDict):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         pass
+
+
+def _trained_beside(quantizer: type) -> type:
+    """A quantiser's class, which tells a ``Trainer`` that there is something to train beside the quantised weights:
+    it asks for nothing else, and sees adapters of ``peft`` alone."""
+    return type(quantizer.__name__, (quantizer,), {"is_qat_trainable": True})
 
 
 def _saving_memories(model: PreTrainedModel) -> Callable[..., Any]:
