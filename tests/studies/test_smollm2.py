@@ -68,13 +68,13 @@ def taught(talk: Talk, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, folder = talk.model, tmp_path_factory.mktemp("memory")
     torch.manual_seed(0)
     config = config_for(model, talk.tokenizer, layers=(4, 20), heads=2, row_dim=32, rows_per_head=30_000)
-    memory = attach(model, talk.tokenizer, config, optimizer=lambda rows: RowAdam(rows, lr=5e-2))
+    memory = attach(model, talk.tokenizer, config, optimizer=lambda rows: RowAdam(rows, lr=1e-1))
     assert torch.equal(talk.logits(PROMPT + ANSWER), talk.before[0])  # rows are zero
-    ids, optimizer = talk.ids(PROMPT + ANSWER), memory.optimizer(lr=3e-3)
+    ids, optimizer = talk.ids(PROMPT + ANSWER), memory.optimizer(lr=1e-2)
     labels = ids.clone()
     labels[:, :-TOKENS] = -100
     model.train()
-    for _ in range(16):
+    for _ in range(10):
         model(ids, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
