@@ -27,18 +27,20 @@ FACTS, FORMAT = "attached.json", 1
 _ROWS, _MODULES = re.compile(r"rows-[0-9a-f]{8}"), re.compile(r"modules-[0-9a-f]{8}\.safetensors.*")
 
 
-def save_memory(memory: Attached, folder: str | os.PathLike[str]) -> None:
+def save_memory(memory: Attached, folder: str | os.PathLike[str], *, touched_only: bool = False) -> None:
     """Write a memory to ``folder``: rows with their optimiser's state, modules, configuration, canonical vocabulary.
 
-    Over an earlier save only rows that changed are written. Raises ``OSError`` when the disk is full; what was there
-    before is then whole.
+    ``touched_only``: leave out the rows that no step has changed, which are what :func:`attach` makes them; the folder
+    grows with what was learned, and not with the table. Otherwise, over an earlier save only rows that changed are
+    written. Raises ``OSError`` when the disk is full; what was there before is then whole.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     earlier = read_facts(folder) if (folder / FACTS).exists() else None
     mark = secrets.token_hex(4)
     rows, modules = f"rows-{mark}", f"modules-{mark}.safetensors"
-    save_bank(memory.bank, folder / rows, since=None if earlier is None else folder / earlier["rows"])
+    since = None if earlier is None else folder / earlier["rows"]
+    save_bank(memory.bank, folder / rows, since, touched_only=touched_only)
     with replacing(folder / modules) as file:
         file.write(save({name: weight.contiguous().cpu() for name, weight in memory.engrams.state_dict().items()}))
     facts = {"name": memory.name, "place": memory.place, "blocks": memory.blocks.path, "rows": rows, "modules": modules}

@@ -73,7 +73,7 @@ class RowIndex:
 
     def _marked(self, space: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
         pieces = self._changed[self.span(space)].split(_PIECE)
-        found = [choose(piece).nonzero().squeeze(1) + number * _PIECE for number, piece in enumerate(pieces)]
+        found = [choose(piece).nonzero().squeeze(1).add_(number * _PIECE) for number, piece in enumerate(pieces)]
         return torch.cat(found).cpu()
 
     def forget_changes(self) -> int:
