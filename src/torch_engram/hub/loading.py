@@ -6,14 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from torch_engram.addressing import CanonicalVocab
 from torch_engram.hub.attach import MakeOptimizer, attach_bank
 from torch_engram.hub.attached import Attached, embedding_of, memories_of
 from torch_engram.hub.blocks import find_blocks
-from torch_engram.hub.saved import FACTS, MEMORIES, read_facts, read_modules
+from torch_engram.hub.saved import FACTS, MEMORIES, read_facts, read_modules, require_alike
 from torch_engram.memory import load_bank, open_bank
 from torch_engram.memory.saved import SavedMemory
 from torch_engram.optim import RowAdam
@@ -43,7 +42,7 @@ def load_memory(
     rows.name = name or saved["name"]
     memory = attach_bank(model, find_blocks(model, saved["blocks"]), rows)
     try:
-        _require_alike(memory, weights, folder / saved["modules"])
+        require_alike(memory, weights, folder / saved["modules"])
     except ValueError:
         memory.detach()
         raise
@@ -61,7 +60,7 @@ def restore_memories(model: PreTrainedModel, folder: str | os.PathLike[str]) -> 
         own = Path(folder) / MEMORIES / name
         saved = read_facts(own)
         weights = read_modules(own / saved["modules"])
-        _require_alike(memory, weights, own / saved["modules"])
+        require_alike(memory, weights, own / saved["modules"])
         load_bank(memory.bank, own / saved["rows"])
         memory.engrams.load_state_dict(weights)
 
@@ -90,10 +89,3 @@ def _require_tokenizer(rows: Path, tokenizer: Any) -> None:
             f"{rows.parent} was trained with another tokenizer (canonical vocabulary {vocab.digest[:12]}, this one's "
             f"is {mine.digest[:12]}): load it with the model and the tokenizer that it was trained on."
         )
-
-
-def _require_alike(memory: Attached, weights: dict[str, Tensor], path: Path) -> None:
-    own = memory.engrams.state_dict()
-    wrong = sorted(own.keys() ^ weights.keys()) or [key for key in own if own[key].shape != weights[key].shape]
-    if wrong:
-        raise ValueError(f"{path} does not fit its configuration: see its tensor {wrong[0]!r}.")

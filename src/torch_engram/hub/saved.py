@@ -16,6 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from torch_engram.durable import replacing, sync, write_json
 from torch_engram.hub.attached import Attached
@@ -71,9 +72,18 @@ def read_facts(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged or of a newer version: use an intact copy.") from error
 
 
-def read_modules(path: Path) -> dict[str, Any]:
+def require_alike(memory: Attached, weights: dict[str, Tensor], path: Path) -> None:
+    """Raises ``ValueError`` unless ``weights``, read from ``path``, are as many and as large as the memory's modules
+    have."""
+    own = memory.engrams.state_dict()
+    wrong = sorted(own.keys() ^ weights.keys()) or [key for key in own if own[key].shape != weights[key].shape]
+    if wrong:
+        raise ValueError(f"{path} does not fit its configuration: see its tensor {wrong[0]!r}.")
+
+
+def read_modules(path: Path) -> dict[str, Tensor]:
     """Weights by name. Raises ``ValueError`` where the file is missing or damaged."""
     try:
-        return load_file(path)
+        return dict(load_file(path))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}): use an intact copy.") from error
