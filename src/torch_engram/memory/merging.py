@@ -49,8 +49,8 @@ class Merging:
         self._saved = [SavedMemory.read(folder) for folder in folders]
         own = facts(bank)
         for saved in self._saved:
-            for key in own.keys() - {"name"}:
-                if saved.facts[key] != own[key]:
+            for key in own:
+                if key != "name" and saved.facts[key] != own[key]:
                     raise ValueError(f"{saved.folder} holds a memory with another {NAMES[key]} than {bank.name!r}.")
 
     def apply(self) -> None:
