@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from torch_engram.addressing import CanonicalVocab
@@ -16,6 +17,8 @@ from torch_engram.hub.saved import FACTS, MEMORIES, read_facts, read_modules, re
 from torch_engram.memory import load_bank, open_bank
 from torch_engram.memory.saved import SavedMemory
 from torch_engram.optim import RowAdam
+
+_HUB_OPTIONS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
 
 
 def load_memory(
@@ -65,20 +68,36 @@ def restore_memories(model: PreTrainedModel, folder: str | os.PathLike[str]) -> 
         memory.engrams.load_state_dict(weights)
 
 
-def from_pretrained(folder: str | os.PathLike[str], tokenizer: Any = None, **options: Any) -> PreTrainedModel:
-    """A model that was saved with its memories, and those attached. ``tokenizer``: theirs, by default the one in
-    ``folder``. ``options``: of ``AutoModelForCausalLM.from_pretrained``.
+def from_pretrained(name: str | os.PathLike[str], tokenizer: Any = None, **options: Any) -> PreTrainedModel:
+    """A model that was saved with its memories, and those attached. ``name``: a folder, or a repository on the Hugging
+    Face hub, which is fetched whole unless it is in the cache. ``tokenizer``: theirs, by default the one that is there.
+    ``options``: of ``AutoModelForCausalLM.from_pretrained``, ``revision``, ``token`` and ``local_files_only`` among
+    them.
 
-    Raises ``ValueError`` as :func:`load_memory` does, and for a folder without memories.
+    Raises ``ValueError`` as :func:`load_memory` does, where nothing is called so, and for a model without memories.
     """
-    found = [path.parent for path in (Path(folder) / MEMORIES).glob(f"*/{FACTS}")]
+    folder = Path(name) if os.path.isdir(name) else _fetched(os.fspath(name), options)
+    found = [path.parent for path in (folder / MEMORIES).glob(f"*/{FACTS}")]
     if not found:
-        raise ValueError(f"{folder} holds no memories: load it with AutoModelForCausalLM, or attach() one.")
+        raise ValueError(f"{name} holds no memories: load it with AutoModelForCausalLM, or attach() one.")
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
     tokenizer = AutoTokenizer.from_pretrained(folder) if tokenizer is None else tokenizer
     for memory in sorted(found, key=lambda folder: int(read_facts(folder)["place"])):
         load_memory(model, tokenizer, memory)
     return model
+
+
+def _fetched(name: str, options: dict[str, Any]) -> Path:
+    """The folder that the cache has of a repository; takes out of ``options`` what is for the hub alone."""
+    asked = {key: options.pop(key) for key in _HUB_OPTIONS & options.keys()}
+    try:
+        return Path(snapshot_download(name, **asked))
+    except (OSError, ValueError) as error:
+        said = str(error).strip().partition("\n")[0].rstrip(".: ")
+        raise ValueError(
+            f"There is no folder {name!r}, nor a model of that name ({said}): give a model's folder, or a name on a "
+            "hub that this machine reaches."
+        ) from error
 
 
 def _require_tokenizer(rows: Path, tokenizer: Any) -> None:
