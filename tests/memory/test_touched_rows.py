@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_engram.memory import MemoryBank, Tokens, load_bank, open_bank, save_bank
 from torch_engram.memory.saved_rows import saved_rows
 from torch_engram.optim import RowAdam, RowSinkhorn, RowwiseAdam
-from torch_engram.stores import DeviceStore, make_keys
+from torch_engram.stores import DeviceStore, make_keys, parts
 
 Make = Callable[..., MemoryBank]
 Run = Callable[..., list[float]]
@@ -144,6 +144,28 @@ def test_tables_read_from_it_are_whole_and_reads_in_place_are_refused(
         assert torch.equal(one.read(range(one.rows))[0], other.read(range(one.rows))[0])
     with pytest.raises(ValueError, match="holds touched rows alone, which are not read in place: load it with another"):
         open_bank(tmp_path / "touched", placement="disk")
+
+
+def test_a_full_disk_leaves_the_earlier_rows(
+    make_bank: Make, train: Run, every_record: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = make_bank(BY_ORDER, optimizer=RowAdam)
+    train(bank, some_steps())
+    save_bank(bank, tmp_path, touched_only=True)
+    before, expected = {path.name for path in tmp_path.rglob("*")}, every_record(bank)
+    train(bank, some_steps())
+    real, calls = parts.TensorWriter.put, iter(range(100))
+
+    def put(writer: parts.TensorWriter, name: str, first: int, rows: Tensor) -> None:
+        if next(calls) == 7:
+            raise OSError(28, "No space left on device")
+        real(writer, name, first, rows)
+
+    monkeypatch.setattr(parts.TensorWriter, "put", put)
+    with pytest.raises(OSError, match="No space left"):
+        save_bank(bank, tmp_path, touched_only=True)
+    assert {path.name for path in tmp_path.rglob("*")} == before
+    assert same(every_record(open_bank(tmp_path, optimizer=RowAdam)), expected)
 
 
 def test_planes_are_not_lost_and_damage_is_named(make_bank: Make, train: Run, tmp_path: Path) -> None:
