@@ -39,7 +39,7 @@ def same(ones: list[Tensor], others: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("placement", ["device", "host", "disk"])
-@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     codec=st.sampled_from(["fp32", "bf16"]),
     std=st.sampled_from([0.0, 0.5]),
