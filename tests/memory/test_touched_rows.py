@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from torch_engram.memory import MemoryBank, Tokens, load_bank, open_bank, save_bank
@@ -23,7 +21,6 @@ Make = Callable[..., MemoryBank]
 Run = Callable[..., list[float]]
 Records = Callable[[MemoryBank], list[Tensor]]
 BY_ORDER = dict(row_dim=(3, 5), heads=(2, 3), rows_per_head=200)
-OPTIMIZERS = [RowAdam, RowwiseAdam, partial(RowSinkhorn, weight_decay=1.0, lazy_decay=True)]
 
 
 def some_steps(count: int = 3) -> list[list[Tokens]]:
@@ -38,27 +35,25 @@ def same(ones: list[Tensor], others: list[Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(ones, others, strict=True))
 
 
-@pytest.mark.parametrize("placement", ["device", "host", "disk"])
-@settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    codec=st.sampled_from(["fp32", "bf16"]),
-    std=st.sampled_from([0.0, 0.5]),
-    optimizer=st.sampled_from(OPTIMIZERS),
-    loaded_whole=st.booleans(),
-)
+@pytest.mark.parametrize("placement, codec, std, optimizer, loaded_whole", [
+    ("device", "fp32", 0.0, RowAdam, False),
+    ("device", "bf16", 0.5, partial(RowSinkhorn, weight_decay=1.0, lazy_decay=True), True),
+    ("host", "bf16", 0.0, RowwiseAdam, True),
+    ("disk", "fp32", 0.5, RowAdam, False),
+])  # fmt: skip
 def test_a_bank_of_any_kind_comes_back_exactly(
     make_bank: Make,
     train: Run,
     every_record: Records,
     stores: dict[str, Any],
-    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
     placement: str,
     codec: str,
     std: float,
     optimizer: Any,
     loaded_whole: bool,
 ) -> None:
-    folder, options = tmp_path_factory.mktemp("memory"), {"optimizer": optimizer, "placement": stores[placement]}
+    folder, options = tmp_path / "memory", {"optimizer": optimizer, "placement": stores[placement]}
     bank = make_bank({**BY_ORDER, "init_std": std}, codec=codec, seed=7, **options)
     train(bank, some_steps())
     if loaded_whole:  # then all rows were written, and those that are zeros are found
