@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,7 +12,7 @@ from torch_engram.addressing import CanonicalVocab
 from torch_engram.config import EngramConfig
 from torch_engram.hub.attached import ATTRIBUTE, Attached, embedding_of, memories_of
 from torch_engram.hub.blocks import Blocks, find_blocks
-from torch_engram.hub.saved import MEMORIES, save_memory
+from torch_engram.hub.model_saves import begin_saving_memories, end_saving_memories
 from torch_engram.memory import MemoryBank
 from torch_engram.optim import RowAdam, RowOptimizer
 
@@ -100,7 +98,7 @@ class _Memories(nn.ModuleDict):
         self._trained = [] if adapts else [weight for weight in model.parameters() if weight.requires_grad]
         for weight in self._trained:
             weight.requires_grad_(False)
-        vars(model)["save_pretrained"] = _saving_memories(model)
+        begin_saving_memories(model)
         self._quantizer = getattr(model, "hf_quantizer", None)
         if self._quantizer is not None:
             self._quantizer.__class__ = _trained_beside(type(self._quantizer))
@@ -109,7 +107,7 @@ class _Memories(nn.ModuleDict):
         """Forget a memory; with the last one, give the model back."""
         del self[name]
         if not len(self):
-            vars(model).pop("save_pretrained", None)
+            end_saving_memories(model)
             delattr(model, ATTRIBUTE)
             if self._quantizer is not None:
                 self._quantizer.__class__ = type(self._quantizer).__base__
@@ -128,16 +126,3 @@ def _trained_beside(quantizer: type) -> type:
     """A quantiser's class, which tells a ``Trainer`` that there is something to train beside the quantised weights:
     it asks for nothing else, and sees adapters of ``peft`` alone."""
     return type(quantizer.__name__, (quantizer,), {"is_qat_trainable": True})
-
-
-def _saving_memories(model: PreTrainedModel) -> Callable[..., Any]:
-    """``model.save_pretrained``, which then saves the model's memories beside it."""
-
-    def save_pretrained(save_directory: str | os.PathLike[str], *args: Any, **named: Any) -> Any:
-        result = type(model).save_pretrained(model, save_directory, *args, **named)
-        if named.get("is_main_process", True):
-            for name, memory in memories_of(model).items():
-                save_memory(memory, Path(save_directory) / MEMORIES / name)
-        return result
-
-    return save_pretrained

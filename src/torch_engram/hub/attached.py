@@ -88,10 +88,12 @@ class Attached(nn.Module):
 
     def optimizer(self, lr: float = 1e-3, weight_decay: float = 0.0) -> JoinedOptimizer:
         """One optimiser of the bank's rows, at the rate of their own optimiser, and of all of the model's weights that
-        are trained, by AdamW: for a ``Trainer``, as ``optimizers=(memory.optimizer(), None)``."""
+        are trained, by AdamW: for a ``Trainer``, as ``optimizers=(memory.optimizer(), None)``. After
+        ``memory.engrams.requires_grad_(False)`` these are none of the memory's own: its rows are trained alone."""
         rows = set(self.rows.parameters())
         trained = [each for each in self._model.parameters() if each.requires_grad and each not in rows]
-        return JoinedOptimizer(AdamW(trained, lr=lr, weight_decay=weight_decay), self.bank)
+        networks = [AdamW(trained, lr=lr, weight_decay=weight_decay)] if trained else []
+        return JoinedOptimizer(*networks, self.bank)
 
     def extra_repr(self) -> str:
         """The memory's name and blocks."""

@@ -72,14 +72,6 @@ class RecordTable(RowIndex):
         self._changed.index_fill_(0, index, 1)
         self.words.index_copy_(0, index, records.view(torch.int64))
 
-    def forget_changes(self) -> int:
-        """See :meth:`RowIndex.forget_changes`."""
-        if self.marks is None:
-            return super().forget_changes()
-        self._changed.zero_()  # GPUs go on to mark there
-        self.counts_from += 1
-        return self.counts_from
-
 
 class TableStore(IndexedStore):
     """A writable store of the records of one table."""
