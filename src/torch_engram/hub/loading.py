@@ -94,8 +94,8 @@ def from_pretrained(name: str | os.PathLike[str], tokenizer: Any = None, **optio
 def no_model(name: str, error: Exception) -> ValueError:
     """What a user is told where transformers found no model, or no tokenizer, and said so at length."""
     return ValueError(
-        f"There is no causal model with a tokenizer at {name!r} ({_said(error)}): give its folder, or a name on a hub that "
-        "this machine reaches."
+        f"There is no causal model with a tokenizer at {name!r} ({_said(error)}): give its folder, or a name on a "
+        "hub that this machine reaches."
     )
 
 
@@ -106,8 +106,8 @@ def _fetched(name: str, options: dict[str, Any]) -> Path:
         return Path(snapshot_download(name, **asked))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"There is no folder {name!r}, nor a model of that name ({_said(error)}): give a model's folder, or a name on a "
-            "hub that this machine reaches."
+            f"There is no folder {name!r}, nor a model of that name ({_said(error)}): give a model's folder, or a "
+            "name on a hub that this machine reaches."
         ) from error
 
 
