@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -12,10 +12,16 @@ from torch_engram.window import DecodeState, Window
 
 
 def operations() -> st.SearchStrategy[list[tuple[str, int]]]:
-    names = st.sampled_from(["push", "select", "repeat", "crop", "reset"])
+    names = st.sampled_from(["push", "advance", "select", "repeat", "crop", "reset"])
     return st.lists(st.tuples(names, st.integers(0, 5)), max_size=25)
 
 
+@pytest.fixture(autouse=True)
+def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch_engram.window._ROOM", 2)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 4), st.integers(0, 3), operations())
 def test_equals_the_cut_history(keep: int, drafts: int, steps: list[tuple[str, int]]) -> None:
     window = Window(keep, drafts)
@@ -28,6 +34,15 @@ def test_equals_the_cut_history(keep: int, drafts: int, steps: list[tuple[str, i
             clock += number
             window.push(chunk, chunk % 2 == 0)
             whole = chunk if whole is None else torch.cat((whole, chunk), dim=1)
+            lost = max(lost, whole.shape[1] - keep - drafts)
+        elif name == "advance" and whole is not None and whole.shape[1]:
+            chunk = torch.full((len(whole), 1), clock)
+            clock += 1
+            seen = window.advance()
+            assert all(torch.equal(view[:, :-1], before) for view, before in zip(seen, held(whole, keep), strict=True))
+            for view, new in zip(seen, (chunk, chunk % 2 == 0), strict=True):
+                view[:, -1:] = new
+            whole = torch.cat((whole, chunk), dim=1)
             lost = max(lost, whole.shape[1] - keep - drafts)
         elif name == "reset":
             window.reset()
@@ -48,12 +63,17 @@ def test_equals_the_cut_history(keep: int, drafts: int, steps: list[tuple[str, i
                 window.crop(number)
                 whole = whole[:, :left] if left > 0 else None
                 lost = lost if left > 0 else 0
-        expected = torch.empty(0, 0) if whole is None else whole[:, max(0, whole.shape[1] - keep) :]
-        assert len(window) == expected.shape[1]
-        if len(window):
-            tokens, even = window.last()
-            assert torch.equal(tokens, expected)
-            assert torch.equal(even, expected % 2 == 0)
+        assert window.sequences == (0 if whole is None else len(whole))
+        expected = () if whole is None else held(whole, keep)
+        assert len(window) == (expected[0].shape[1] if expected else 0)
+        for mine, theirs in zip(window.last() if len(window) else (), expected, strict=False):
+            assert torch.equal(mine, theirs)
+
+
+def held(whole: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """What a window of such tokens, and of which are even, looks back on."""
+    tokens = whole[:, max(0, whole.shape[1] - keep) :]
+    return tokens, tokens % 2 == 0
 
 
 def test_is_a_decode_state_and_keeps_no_graph() -> None:
@@ -63,3 +83,16 @@ def test_is_a_decode_state_and_keeps_no_graph() -> None:
     assert not window.last()[0].requires_grad
     state.reset()
     assert window.last() == ()
+
+
+def test_owns_what_it_holds() -> None:
+    """Neither a caller's tensor is written, nor what was made in inference mode outside of it."""
+    window, given = Window(2, 1), torch.arange(5)[None]
+    with torch.inference_mode():
+        window.push(given)
+    window.crop(1)
+    window.push(torch.tensor([[9]]))
+    (seen,) = window.advance()
+    seen[:, -1] = 7
+    assert seen.tolist() == [[3, 9, 7]] and given.tolist() == [[0, 1, 2, 3, 4]]
+    assert window.last()[0].tolist() == [[9, 7]]

@@ -8,7 +8,7 @@ import sys
 import pytest
 import typer
 
-VERBS = ("demo", "finetune", "train", "recipes", "sample", "trace", "gates", "plan", "table", "bench")
+VERBS = ("demo", "finetune", "eval", "train", "recipes", "sample", "trace", "gates", "plan", "table", "bench")
 SUBVERBS = (
     ["bench", "ops"], ["bench", "step"], ["bench", "lookup"],
     ["table", "info"], ["table", "verify"], ["table", "synth"], ["table", "convert"],

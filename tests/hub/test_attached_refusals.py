@@ -63,6 +63,14 @@ def test_models_and_layers(model, untouched) -> None:
     refused("There is no placement 'gpu'", model, tokenizer, config, placement="gpu")
 
 
+def test_an_embedding_that_is_quantised() -> None:
+    model, tokenizer = make_model("llama"), make_tokenizer()
+    config, embedding = config_for(model, tokenizer, **FIELDS), model.get_input_embeddings()
+    embedding.weight = nn.Parameter(embedding.weight.to(torch.int8), requires_grad=False)
+    refused("LlamaForCausalLM is quantised to torch.int8, .* leave the embedding out", model, tokenizer, config)
+    assert not memories_of(model)
+
+
 def test_tokenizers(model, untouched) -> None:
     config = config_for(model, make_tokenizer(), **FIELDS)
     refused("A object has no fast tokenizer behind it", model, object(), config)

@@ -12,7 +12,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from torch_engram.stores import CODECS, DeviceStore, FileRows, Plane, RecordLayout, Store, WritableStore, make_keys
+from torch_engram.stores import (
+    CODECS,
+    DeviceStore,
+    FileRows,
+    Plane,
+    RecordLayout,
+    Store,
+    WritableStore,
+    make_keys,
+    row_index,
+)
 from torch_engram.stores.named_tables import find_tables
 from torch_engram.stores.synthetic import synthesise
 from torch_engram.stores.tensor_files import tensors_in
@@ -91,7 +101,7 @@ def test_a_fetch_sees_every_acknowledged_write(
 def test_knows_the_rows_that_changed_since_they_were_saved(
     store_of: StoreOf, layout: RecordLayout, key_device: torch.device, before: list[Any], after: list[Any]
 ) -> None:
-    store = store_of(layout, SPACES)
+    store, ever = store_of(layout, SPACES), {space: set() for space in SPACES}
     for number, writes in enumerate((before, after)):
         assert store.counts_from == number
         for space, rows, byte in writes:
@@ -99,10 +109,24 @@ def test_knows_the_rows_that_changed_since_they_were_saved(
             store.write(keys, torch.full((len(rows), layout.nbytes), byte, dtype=torch.uint8, device=key_device))
         store.flush()
         for space in SPACES:
-            expected = sorted(set().union(*(rows for written, rows, _ in writes if written == space)))
-            assert store.changed(space).tolist() == expected
+            expected = set().union(*(rows for written, rows, _ in writes if written == space))
+            assert store.changed(space).tolist() == sorted(expected)
+            ever[space] |= expected
+            assert store.written(space).tolist() == sorted(ever[space])
         assert store.forget_changes() == number + 1
     assert not any(len(store.changed(space)) for space in SPACES)
+    assert all(store.written(space).tolist() == sorted(rows) for space, rows in ever.items())
+
+
+def test_marks_are_looked_at_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_index, "_PIECE", 4)
+    layout = RecordLayout((Plane("value", 1, "fp32"),))
+    store, rows = DeviceStore(layout, SPACES, "cpu"), torch.tensor([0, 3, 4, 9, 10])
+    store.write(make_keys(2, rows), layout.empty(5))
+    store.forget_changes()
+    store.write(make_keys(2, rows[2:4]), layout.empty(2))
+    assert store.changed(2).tolist() == [4, 9] and store.written(2).tolist() == rows.tolist()
+    assert not len(store.written(0)) and not len(store.written(5))
 
 
 def test_a_failed_write_is_told_at_the_barrier_at_the_latest(

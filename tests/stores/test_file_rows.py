@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from torch_engram.stores import Manifest, Plane, RecordLayout, save_table, update_table
+from torch_engram.stores import Manifest, Plane, RecordLayout, parts, save_table, save_touched, update_table
 from torch_engram.stores.file_rows import FileRows
 from torch_engram.stores.layouts import components_of
 from torch_engram.stores.named_tables import NamedTable, find_tables
@@ -98,6 +98,22 @@ def test_the_newest_record_of_a_saved_row_is_read(
     middle = rows // 2
     assert torch.equal(table.read(middle, rows), records[middle:])
     require_apart(table, middle, rows)
+
+
+@given(st.integers(1, 40), st.sets(st.integers(0, 39)), st.integers(1, 9))
+def test_rows_that_are_in_no_file_read_as_zeros(
+    tmp_path_factory: pytest.TempPathFactory, rows: int, some: set[int], rows_per_part: int
+) -> None:
+    folder, records = tmp_path_factory.mktemp("table"), COUNTED.empty(rows)
+    touched = torch.tensor(sorted(row for row in some if row < rows), dtype=torch.int64)
+    records[touched] = random_records(COUNTED, len(touched))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "ROWS_PER_PART", rows_per_part)
+        table = FileRows.saved(folder, save_touched(folder, rows, touched, COUNTED, records.__getitem__), COUNTED)
+    assert not table.whole and torch.equal(table.read(0, rows), records)
+    require_apart(table, rows // 2, rows)
+    for first in range(rows):
+        assert table.is_hole(first, rows) == (not (touched >= first).any())
 
 
 def test_changes_that_list_no_rows_or_others_are_refused_by_name(tmp_path: Path) -> None:

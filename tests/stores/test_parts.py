@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from torch_engram.durable import file_digest
 from torch_engram.stores import (
     Manifest,
     Plane,
@@ -22,6 +25,7 @@ from torch_engram.stores import (
     parts,
     parts_in,
     save_table,
+    save_touched,
     update_table,
 )
 
@@ -111,6 +115,36 @@ def test_what_cannot_be_added_to_is_written_anew(tmp_path: Path, why: str) -> No
         records = records_of(10, layout)
     manifest = update_table(tmp_path, manifest, torch.tensor([3]), layout, records.__getitem__)
     assert torch.equal(load(tmp_path, manifest, 10, layout), records) and not manifest.changes
+
+
+def test_touched_rows_alone_are_saved_and_never_added_to(tmp_path: Path) -> None:
+    records, touched = LAYOUT.empty(100_000), torch.tensor([0, 7, 99_999])
+    records[touched] = records_of(3)
+    manifest = save_touched(tmp_path, 100_000, touched, LAYOUT, records.__getitem__)
+    assert Manifest.from_dict(json.loads(json.dumps(manifest.to_dict()))) == manifest and manifest.touched == 3
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 8192
+    assert torch.equal(load(tmp_path, manifest, 100_000), records)
+    whole = update_table(tmp_path, manifest, torch.tensor([3]), LAYOUT, records.__getitem__)
+    assert whole.touched is None and torch.equal(load(tmp_path, whole, 100_000), records)
+    content = manifest.to_dict()
+    for wrong in ({"parts": []}, {"touched": 4}, {"touched": None}, {"parts": whole.to_dict()["parts"]}):
+        with pytest.raises(ValueError, match="does not name parts for all of its rows"):
+            Manifest.from_dict(content | wrong)
+
+
+def test_a_part_of_another_table_is_refused_although_its_checksum_is_right(tmp_path: Path) -> None:
+    manifest = save_touched(tmp_path, 10, torch.tensor([2, 5]), LAYOUT, records_of(10).__getitem__)
+    (part,) = manifest.parts
+    file, content = tmp_path / part.file, load_file(tmp_path / part.file)
+    for other, sentence in (
+        (content | {"row": torch.tensor([2, 10])}, "lists rows out of order"),
+        (content | {"count": content["count"].float()}, r"is not the part that is listed \('count' differs\)"),
+        (None, "is no whole safetensors file"),
+    ):
+        save_file(other, file) if other is not None else torch.save(content, file)  # a pickle
+        named = replace(manifest, parts=(replace(part, sha256=file_digest(file)),))
+        with pytest.raises(ValueError, match=rf"{part.file} {sentence}"):
+            load(tmp_path, named, 10)
 
 
 def test_parts_are_told_from_other_files(tmp_path: Path) -> None:

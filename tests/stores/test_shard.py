@@ -57,5 +57,6 @@ def test_a_share_behaves_as_the_part_of_the_whole_table_that_it_is(
         assert torch.equal(share.fetch(own), whole.fetch(own))
     for space in spaces:
         assert torch.equal(share.changed(space), whole.changed(space))
+        assert torch.equal(share.written(space), whole.written(space))
     assert share.forget_changes() == share.counts_from
     assert all(len(share.changed(space)) == 0 for space in spaces)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch_engram.addressing import hashing
 from torch_engram.addressing.canonical import CanonicalVocab
 from torch_engram.addressing.layout import LayerLayout, layouts
+from torch_engram.addressing.steps import StepHashes
 from torch_engram.config import EngramConfig
 from torch_engram.kernels import use_kernels
 from torch_engram.window import Window
@@ -76,6 +77,7 @@ class Addressing:
         self._constants: dict[tuple[int | None, torch.device], tuple[Tensor, ...]] = {}
         self._reducers: dict[tuple[int, torch.device], Callable[[Tensor], Tensor]] = {}
         self._hashes: dict[torch.device, Hashes] = {}
+        self._steps: StepHashes | None = None
 
     def new_history(self, drafts: int = 0) -> Window:
         """An empty history for decoding: each sequence's last N-1 tokens, document starts and dead flags."""
@@ -116,12 +118,14 @@ class Addressing:
     ) -> Lookup:
         """:meth:`windows`, then :meth:`rows` for the layers that are asked for.
 
-        On a GPU one kernel finds the rows of all layers now; elsewhere each layer's are found when it is asked for, so
-        that the first need not wait for the last. ``with_mixes=False`` allows mixes ``[B, T, 0]`` in place of theirs.
-        Raises ``ValueError`` as :meth:`windows` does, now.
+        On a GPU one kernel finds the rows of all layers now, and a step of decoding is found now anywhere; otherwise
+        each layer's are found when it is asked for, so that the first need not wait for the last. ``with_mixes=False``
+        allows mixes ``[B, T, 0]`` in place of theirs. Raises ``ValueError`` as :meth:`windows` does, now.
         """
         if use_kernels(tokens):
             return self._lookup_at_once(tokens, history, doc_start, live, with_mixes)
+        if history is not None and not tokens.is_cuda and tokens.shape == (history.sequences, 1):
+            return self._lookup_step(tokens, history, doc_start, live)
         windows = self.windows(tokens, history=history, doc_start=doc_start, live=live)
         return Lookup(partial(self.rows, windows))
 
@@ -141,8 +145,26 @@ class Addressing:
             self.require_known(tokens)
         if history is not None:
             history.push(*chunk)
-        by_layer = dict(zip(self.layouts, zip(mixes, rows, strict=True), strict=True))
-        return Lookup(by_layer.__getitem__, self.layouts, (mixes, rows))
+        return self._found(mixes, rows)
+
+    def _lookup_step(self, tokens: Tensor, history: Window, doc_start: Tensor | None, live: Tensor | None) -> Lookup:
+        """:meth:`lookup` of one position on a CPU, whose sequences go on."""
+        self.require_alike(tokens, doc_start, live)
+        self.require_known(tokens)
+        seen, start, dead = (held.numpy() for held in history.advance())
+        seen[:, -1:] = tokens.numpy()
+        start[:, -1:] = False if doc_start is None else doc_start.numpy(force=True)
+        dead[:, -1:] = False if live is None else ~live.numpy(force=True)
+        if self._steps is None:
+            ids = None if self.vocab is None else self.vocab.ids.numpy()
+            self._steps = StepHashes.of(self.layouts.values(), ids, self.pad)
+        mixes, rows = (torch.from_numpy(found)[:, :, None] for found in self._steps.rows(seen, start, dead))
+        return self._found(mixes, rows)
+
+    def _found(self, mixes: Tensor, rows: Tensor) -> Lookup:
+        """Those of all layers ``[L, B, T, ...]``."""
+        place = {layer: number for number, layer in enumerate(self.layouts)}
+        return Lookup(lambda layer: (mixes[place[layer]], rows[place[layer]]), self.layouts, (mixes, rows))
 
     def rows_at_once(
         self, tokens: Tensor, start: Tensor, dead: Tensor, context: int, stranger: Tensor

@@ -13,6 +13,7 @@ from torch_engram import __version__
 from torch_engram.cli.bench import bench
 from torch_engram.cli.bench_lookup import lookup
 from torch_engram.cli.demo import demo
+from torch_engram.cli.evaluate import evaluate
 from torch_engram.cli.finetune import finetune
 from torch_engram.cli.gates import gates
 from torch_engram.cli.plan import plan
@@ -49,6 +50,7 @@ def options(
 
 for verb in (demo, train, finetune, recipes, sample, trace, gates, plan):
     app.command()(verb)
+app.command("eval")(evaluate)
 app.add_typer(table)
 bench.command()(lookup)
 app.add_typer(bench)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from torch_engram.config import EngramConfig
 from torch_engram.fusion.convolution import ShortConvolution, document_age
+from torch_engram.fusion.decoding import can_fuse_step, fuse_step
 from torch_engram.fusion.fp8 import fp8_linear
 from torch_engram.fusion.gate import gate
 from torch_engram.fusion.styles import STYLES
@@ -90,7 +91,9 @@ class Engram(nn.Module):
             embeddings = embeddings.to(self.wkv.weight.dtype)
         wkv = self.wkv
         keys_value = fp8_linear(embeddings, wkv.weight, wkv.bias) if self.fp8 else wkv(embeddings)
-        if use_kernels(streams) and (state is None or not len(state)):
+        if state is not None and self._is_step(streams, state):
+            streams, alpha = fuse_step(self, streams, keys_value, live, doc_start, *state.advance())
+        elif use_kernels(streams) and (state is None or not len(state)):
             streams, alpha = self.fuse_triton(streams, keys_value, live, doc_start)
             if state is not None and self.convolution is not None:
                 self._remember(keys_value, alpha, streams.dtype, doc_start, state)
@@ -117,6 +120,12 @@ class Engram(nn.Module):
         if self.convolution is not None:
             added = added + self.convolution(u, streams.dtype, doc_start, state)
         return (streams.float() + added).to(streams.dtype), alpha.float()
+
+    def _is_step(self, streams: Tensor, state: EngramState) -> bool:
+        """Whether ``state`` has all that the convolution of one position sees, and nobody wants a gradient."""
+        whole = self.convolution is not None and len(state) == self.convolution.reach
+        alone = whole and streams.shape[:2] == (state.sequences, 1) and not torch.is_grad_enabled()
+        return alone and can_fuse_step(streams)
 
     def _remember(
         self, keys_value: Tensor, alpha: Tensor, dtype: torch.dtype, doc_start: Tensor | None, state: EngramState

@@ -14,6 +14,7 @@ from torch_engram.hub.attach import attach, config_for
 from torch_engram.hub.attached import Attached, memories_of
 from torch_engram.hub.deepseek import read_deepseek, write_deepseek
 from torch_engram.hub.loading import from_pretrained, load_memory, restore_memories
+from torch_engram.hub.merging import merge_memories
 from torch_engram.hub.qwen_checkpoint import read_ple, write_ple
 from torch_engram.hub.qwen_ple import ServedPle, serve_ple, without_ple_tables
 from torch_engram.hub.saved import save_memory
@@ -26,6 +27,7 @@ __all__ = [
     "from_pretrained",
     "load_memory",
     "memories_of",
+    "merge_memories",
     "read_deepseek",
     "read_ple",
     "restore_memories",

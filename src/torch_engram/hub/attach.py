@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,7 +12,7 @@ from torch_engram.addressing import CanonicalVocab
 from torch_engram.config import EngramConfig
 from torch_engram.hub.attached import ATTRIBUTE, Attached, embedding_of, memories_of
 from torch_engram.hub.blocks import Blocks, find_blocks
-from torch_engram.hub.saved import MEMORIES, save_memory
+from torch_engram.hub.model_saves import begin_saving_memories, end_saving_memories
 from torch_engram.memory import MemoryBank
 from torch_engram.optim import RowAdam, RowOptimizer
 
@@ -72,9 +70,14 @@ def attach_bank(model: PreTrainedModel, blocks: Blocks, bank: MemoryBank) -> Att
     return memory
 
 
-def _require_fit(model: nn.Module, blocks: Blocks, config: EngramConfig, name: str) -> None:
+def _require_fit(model: PreTrainedModel, blocks: Blocks, config: EngramConfig, name: str) -> None:
     """Before anything is changed."""
-    kind, layers = type(model).__name__, len(blocks.all)
+    kind, layers, weight = type(model).__name__, len(blocks.all), embedding_of(model)
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"The input embedding of {kind} is quantised to {weight.dtype}, and a memory takes its type from there: "
+            "leave the embedding out of the quantisation."
+        )
     for field, has in (("hidden", blocks.hidden), ("branches", blocks.branches)):
         if getattr(config, field) != has:
             raise ValueError(_MISFIT.format(field, getattr(config, field), "model", has))
@@ -98,14 +101,19 @@ class _Memories(nn.ModuleDict):
         self._trained = [] if adapts else [weight for weight in model.parameters() if weight.requires_grad]
         for weight in self._trained:
             weight.requires_grad_(False)
-        vars(model)["save_pretrained"] = _saving_memories(model)
+        begin_saving_memories(model)
+        self._quantizer = getattr(model, "hf_quantizer", None)
+        if self._quantizer is not None:
+            self._quantizer.__class__ = _trained_beside(type(self._quantizer))
 
     def remove(self, name: str, model: PreTrainedModel) -> None:
         """Forget a memory; with the last one, give the model back."""
         del self[name]
         if not len(self):
-            vars(model).pop("save_pretrained", None)
+            end_saving_memories(model)
             delattr(model, ATTRIBUTE)
+            if self._quantizer is not None:
+                self._quantizer.__class__ = type(self._quantizer).__base__
             for weight in self._trained:
                 weight.requires_grad_(True)
 
@@ -117,14 +125,7 @@ class _Memories(nn.ModuleDict):
         pass
 
 
-def _saving_memories(model: PreTrainedModel) -> Callable[..., Any]:
-    """``model.save_pretrained``, which then saves the model's memories beside it."""
-
-    def save_pretrained(save_directory: str | os.PathLike[str], *args: Any, **named: Any) -> Any:
-        result = type(model).save_pretrained(model, save_directory, *args, **named)
-        if named.get("is_main_process", True):
-            for name, memory in memories_of(model).items():
-                save_memory(memory, Path(save_directory) / MEMORIES / name)
-        return result
-
-    return save_pretrained
+def _trained_beside(quantizer: type) -> type:
+    """A quantiser's class, which tells a ``Trainer`` that there is something to train beside the quantised weights:
+    it asks for nothing else, and sees adapters of ``peft`` alone."""
+    return type(quantizer.__name__, (quantizer,), {"is_qat_trainable": True})

@@ -55,7 +55,7 @@ class Attached(nn.Module):
             blocks.owner.register_forward_pre_hook(self._enter, with_kwargs=True),
             blocks.owner.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
             *(
-                blocks.all[layer].register_forward_pre_hook(partial(self._add, layer), with_kwargs=True)
+                blocks.all[layer].register_forward_pre_hook(partial(self._add, str(layer)), with_kwargs=True)
                 for layer in config.layers
             ),
         ]
@@ -89,10 +89,12 @@ class Attached(nn.Module):
 
     def optimizer(self, lr: float = 1e-3, weight_decay: float = 0.0) -> JoinedOptimizer:
         """One optimiser of the bank's rows, at the rate of their own optimiser, and of all of the model's weights that
-        are trained, by AdamW: for a ``Trainer``, as ``optimizers=(memory.optimizer(), None)``."""
+        are trained, by AdamW: for a ``Trainer``, as ``optimizers=(memory.optimizer(), None)``. After
+        ``memory.engrams.requires_grad_(False)`` these are none of the memory's own: its rows are trained alone."""
         rows = set(self.rows.parameters())
         trained = [each for each in self._model.parameters() if each.requires_grad and each not in rows]
-        return JoinedOptimizer(AdamW(trained, lr=lr, weight_decay=weight_decay), self.bank)
+        networks = [AdamW(trained, lr=lr, weight_decay=weight_decay)] if trained else []
+        return JoinedOptimizer(*networks, self.bank)
 
     def extra_repr(self) -> str:
         """The memory's name and blocks."""
@@ -160,19 +162,16 @@ class Attached(nn.Module):
             )
 
     def _add(
-        self, layer: int, block: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+        self, layer: str, block: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The memory into the hidden states ``[B, T, d]``, or streams ``[B, T, M, d]``, at a block's entry."""
         call: _Call | None = getattr(self._calls, "now", None)
         if call is None:  # disabled, or a block that is called by itself
             return None
         hidden = args[0] if args else named["hidden_states"]
-        engram, state = self.engrams[str(layer)], None if call.state is None else call.state.layers[layer]
         streams = hidden if hidden.dim() == 4 else hidden.unsqueeze(2)
-        embeddings = _wait(call.memory, layer, self.name)
-        added: Tensor = engram(
-            streams, embeddings, live=call.tokens.live, doc_start=call.tokens.doc_start, state=state
-        ).view_as(hidden)
+        fuse = _fuse if call.state is None else _fuse_remembering
+        added = fuse(self.engrams[layer], streams, call, layer, self.name).view_as(hidden)
         return ((added, *args[1:]), named) if args else (args, {**named, "hidden_states": added})
 
     def _leave(self, owner: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
@@ -202,8 +201,19 @@ class _Call:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _wait(memory: Memory, layer: int, name: str) -> Tensor:
-    return memory.wait(layer)[name]
+def _wait(memory: Memory, layer: str, name: str) -> Tensor:
+    return memory.wait(int(layer))[name]
+
+
+def _fuse(engram: nn.Module, streams: Tensor, call: _Call, layer: str, name: str) -> Tensor:
+    embeddings, tokens = _wait(call.memory, layer, name), call.tokens
+    state = None if call.state is None else call.state.layers[int(layer)]
+    added: Tensor = engram(streams, embeddings, live=tokens.live, doc_start=tokens.doc_start, state=state)
+    return added
+
+
+_fuse_remembering = torch.compiler.disable(_fuse)
+"""In decoding: what is remembered moves in Python, and would be compiled anew as it does."""
 
 
 def embedding_of(model: PreTrainedModel) -> Tensor:

@@ -31,7 +31,7 @@ from torch_engram.data import IGNORE_INDEX, TokenFile, TokenFiles, open_corpus, 
 from torch_engram.durable import replacing, write_json
 from torch_engram.hub.attach import attach, config_for
 from torch_engram.hub.attached import Attached
-from torch_engram.hub.loading import restore_memories
+from torch_engram.hub.loading import no_model, restore_memories
 from torch_engram.optim import RowAdam
 from torch_engram.stores import make_keys
 from torch_engram.train.build import require_device
@@ -161,11 +161,7 @@ def build(plan: Finetuning) -> tuple[PreTrainedModel, Any, Attached]:
         tokenizer = AutoTokenizer.from_pretrained(plan.model)
         model: Any = AutoModelForCausalLM.from_pretrained(plan.model, dtype=getattr(torch, plan.dtype))
     except (OSError, ValueError) as error:
-        said = str(error).strip().partition("\n")[0].rstrip(".: ")
-        raise ValueError(
-            f"There is no causal model with a tokenizer at {plan.model!r} ({said}): give its folder, or a name "
-            "on a hub that this machine reaches."
-        ) from error
+        raise no_model(plan.model, error) from error
     model = model.to(plan.device)
     if plan.trains == "lora":
         try:

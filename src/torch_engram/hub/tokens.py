@@ -17,6 +17,8 @@ from torch_engram.memory import Tokens
 
 def arguments_of(module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
     """What a forward was called with, by name."""
+    if not args:  # as models call their decoders, and many times over
+        return {**named.get("kwargs", {}), **named}
     bound = inspect.signature(module.forward).bind_partial(*args, **named)
     given = dict(bound.arguments)
     return {**given.pop("kwargs", {}), **given}
@@ -34,7 +36,11 @@ def tokens_of(given: Mapping[str, Any], past: int | None) -> Tokens:
             "memory out with disabled()."
         )
     live = _live(given.get("attention_mask"), ids.shape, past or 0)
-    return Tokens(ids, doc_start=_starts(given.get("position_ids"), live, ids.shape, past), live=live)
+    starts = _starts(given.get("position_ids"), live, ids.shape, past)
+    if ids.device.type == "cpu":  # where a mask that marks nothing is soon seen, and left out
+        live = None if live is None or live.all() else live
+        starts = None if starts is None or not starts.any() else starts
+    return Tokens(ids, doc_start=starts, live=live)
 
 
 def _live(mask: Any, shape: torch.Size, past: int) -> Tensor | None:

@@ -25,6 +25,7 @@ from torch_engram.memory.prefetching import Fetch, Prefetcher
 from torch_engram.memory.rows import TouchedRows
 from torch_engram.memory.sharded_rows import ShardedRows
 from torch_engram.memory.source import Source
+from torch_engram.memory.step_reads import StepReads, reads_at_once
 from torch_engram.memory.tables import Table, tables_of
 from torch_engram.memory.tokens import Tokens
 from torch_engram.memory.working_set import Memory, WorkingSet
@@ -85,6 +86,8 @@ class MemoryBank:
             device=self.device, name=name, trains=optimizer is not None, cache=cache, shard=self.shard,
         )  # fmt: skip
         self._reads = self._choose_reads()
+        at_once = reads_at_once(self._sources, self.device)
+        self._step_reads = StepReads(self.tables, self._sources, dtype) if at_once else None
         self.saved: tuple[str, tuple[int, ...]] | None = None
         """What was last saved or loaded: its digest, and since when stores count changes of it."""
         self.origin = ""
@@ -191,8 +194,17 @@ class MemoryBank:
         return self._begin([_as_tokens(batch) for batch in micro_batches], trains=self.optimizer is not None)
 
     def read(self, tokens: Tokens | Tensor) -> Memory:
-        """The memory of some tokens, for a forward without training."""
-        return self._begin([_as_tokens(tokens)], trains=False)[0]
+        """The memory of some tokens, for a forward without training. A step of decoding is read now where rows are in
+        the device's memory, and an id outside the vocabulary then raises here."""
+        tokens = _as_tokens(tokens)
+        if tokens.is_step and self._step_reads is not None:
+            return self._read_now(tokens, self._step_reads)
+        return self._begin([tokens], trains=False)[0]
+
+    def _read_now(self, tokens: Tokens, reads: StepReads) -> Memory:
+        with self._on_its_device(), torch.no_grad():
+            found = reads.read(self._lookup(tokens), tokens.live)
+        return Memory(lambda layer: {self.name: found[layer]} if layer in found else {})
 
     def read_rows(self, layer: int, rows: Tensor, mixes: Tensor | None = None) -> Memory:
         """The memory of row ids int64 ``[B, T, C]`` of one layer that somebody else has hashed, for a forward without

@@ -32,6 +32,7 @@ from torch_engram.memory.saved_tables import SavedTables, saved_tables
 from torch_engram.stores import (
     DiskStore,
     FileRows,
+    Manifest,
     RecordLayout,
     Store,
     WritableStore,
@@ -40,14 +41,16 @@ from torch_engram.stores import (
 )
 
 
-def save_bank(bank: MemoryBank, directory: Path, since: Path | None = None) -> None:
+def save_bank(bank: MemoryBank, directory: Path, since: Path | None = None, *, touched_only: bool = False) -> None:
     """Write the bank into ``directory``, streaming. Until the end, what the folder held before stays whole.
 
     ``since``: a folder that the bank was saved to or loaded from; by default ``directory`` itself. Where it holds just
-    what the bank's changes are counted from, only they are written: what else is there stays, or is linked to. Two
-    processes of one machine save into a folder one after the other. A bank that is divided over ranks is saved by all
-    of them, into one folder that all see. Raises ``OSError`` when the disk is full, and ``ValueError`` when the bank
-    lacks planes, such as moments, of that folder's memory, or its rows are those of tables in files.
+    what the bank's changes are counted from, only they are written: what else is there stays, or is linked to.
+    ``touched_only``: leave out the rows that no step has changed, which are as a new bank has them; the others are
+    written anew at each save, and are not read in place. Two processes of one machine save into a folder one after the
+    other. A bank that is divided over ranks is saved by all of them, into one folder that all see. Raises ``OSError``
+    when the disk is full, and ``ValueError`` when the bank lacks planes, such as moments, of that folder's memory, or
+    its rows are those of tables in files.
     """
     if bank.in_files:
         raise ValueError(f"Memory {bank.name!r} only reads its tables, and holds no row of its own: copy their files.")
@@ -61,7 +64,10 @@ def save_bank(bank: MemoryBank, directory: Path, since: Path | None = None) -> N
         before = _files(directory)
         try:
             earlier = _earlier(bank, since or directory, directory, tables)
-            content = {**facts(bank), **_decay(bank), "tables": list(_write_tables(bank, directory, earlier, tables))}
+            manifests = [
+                manifest.to_dict() for manifest in _write_tables(bank, directory, earlier, tables, touched_only)
+            ]
+            content = {**facts(bank), **_decay(bank), "tables": manifests}
             data = json.dumps(content, indent=1).encode()
             with tables.together():
                 if tables.leads:
@@ -78,21 +84,26 @@ def save_bank(bank: MemoryBank, directory: Path, since: Path | None = None) -> N
 
 
 def _write_tables(
-    bank: MemoryBank, directory: Path, earlier: SavedMemory | None, tables: SavedTables
-) -> Iterator[dict[str, Any]]:
-    """Every table's manifest, JSON-ready."""
+    bank: MemoryBank, directory: Path, earlier: SavedMemory | None, tables: SavedTables, touched_only: bool
+) -> Iterator[Manifest]:
+    """Every table's."""
     for number, table in enumerate(bank.tables):
         folder, source = directory / table_folder(table.space), bank.source(table)
+        before = None
         if earlier is not None and isinstance(source.store, WritableStore):
-            lost = earlier.tables[number].planes.keys() - planes_of(source.format.layout)
+            before = earlier.tables[number]
+            lost = before.planes.keys() - planes_of(source.format.layout)
             if lost:
                 raise ValueError(
                     f"{directory} also holds {', '.join(sorted(lost))}, which this bank would lose: save to another "
                     "folder, or open it with the row optimiser that it was trained with."
                 )
-            yield tables.update(folder, table, earlier.tables[number]).to_dict()
+        if touched_only:
+            yield tables.save_touched(folder, table)
+        elif before is not None:
+            yield tables.update(folder, table, before)
         else:
-            yield tables.save(folder, table).to_dict()
+            yield tables.save(folder, table)
 
 
 def _decay(bank: MemoryBank) -> dict[str, Any]:
@@ -229,6 +240,11 @@ def open_bank(directory: Path, **options: Any) -> MemoryBank:
 def _in_place(saved: SavedMemory, direct: bool) -> StoreFactory:
     """A store of the rows that a memory's folder holds."""
     manifests = {table.space: manifest for table, manifest in saved.parts()}
+    if any(manifest.touched is not None for manifest in manifests.values()):
+        raise ValueError(
+            f"{saved.folder} holds touched rows alone, which are not read in place: load it with another placement, or "
+            "save it whole."
+        )
 
     def make(layout: RecordLayout, spaces: Mapping[int, int], device: torch.device) -> Store:
         rows = {space: FileRows.saved(saved.folder / table_folder(space), manifests[space], layout) for space in spaces}

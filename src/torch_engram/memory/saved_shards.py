@@ -41,6 +41,17 @@ def save_shards(exchange: Exchange, folder: Path, rows: int, layout: RecordLayou
     return Manifest(rows, planes_of(layout), _of_all_ranks(exchange, folder, parts))
 
 
+def save_touched_shards(
+    exchange: Exchange, folder: Path, rows: int, touched: Tensor, layout: RecordLayout, fetch: Fetch
+) -> Manifest:
+    """As :func:`~torch_engram.stores.save_touched`; ``touched``: of the rows that this rank holds. Collective."""
+    with exchange.together():
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = write_changes(folder, touched, layout, fetch)
+    every = _of_all_ranks(exchange, folder, parts)
+    return Manifest(rows, planes_of(layout), every, sum(part.rows for part in every))
+
+
 def update_shards(
     exchange: Exchange, folder: Path, earlier: Manifest, changed: Tensor, layout: RecordLayout, fetch: Fetch
 ) -> Manifest:

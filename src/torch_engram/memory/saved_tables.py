@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from torch_engram.memory.bank import MemoryBank
 from torch_engram.memory.exchange import Exchange
-from torch_engram.memory.saved_shards import only_held, save_shards, update_shards
+from torch_engram.memory.saved_shards import only_held, save_shards, save_touched_shards, update_shards
 from torch_engram.memory.tables import Table
 from torch_engram.stores import (
     Manifest,
@@ -20,8 +21,10 @@ from torch_engram.stores import (
     load_table,
     make_keys,
     save_table,
+    save_touched,
     update_table,
 )
+from torch_engram.stores.parts import CHUNK_ROWS
 
 
 class SavedTables(Protocol):
@@ -40,6 +43,9 @@ class SavedTables(Protocol):
     def save(self, folder: Path, table: Table) -> Manifest:
         """See :func:`~torch_engram.stores.save_table`."""
 
+    def save_touched(self, folder: Path, table: Table) -> Manifest:
+        """See :func:`~torch_engram.stores.save_touched`."""
+
     def update(self, folder: Path, table: Table, earlier: Manifest) -> Manifest:
         """See :func:`~torch_engram.stores.update_table`."""
 
@@ -47,7 +53,7 @@ class SavedTables(Protocol):
         """See :func:`~torch_engram.stores.check_table`."""
 
     def load(self, folder: Path, table: Table, manifest: Manifest) -> None:
-        """See :func:`~torch_engram.stores.load_table`."""
+        """See :func:`~torch_engram.stores.load_table`; rows that are in no file become zeros."""
 
 
 def saved_tables(bank: MemoryBank) -> SavedTables:
@@ -75,6 +81,11 @@ class OneHolder:
         """See :class:`SavedTables`."""
         return save_table(folder, table.rows, self._bank.source(table).format.layout, _reader(self._bank, table))
 
+    def save_touched(self, folder: Path, table: Table) -> Manifest:
+        """See :class:`SavedTables`."""
+        layout, read = self._bank.source(table).format.layout, _reader(self._bank, table)
+        return save_touched(folder, table.rows, _touched(self._bank, table), layout, read)
+
     def update(self, folder: Path, table: Table, earlier: Manifest) -> Manifest:
         """See :class:`SavedTables`."""
         layout = self._bank.source(table).format.layout
@@ -86,7 +97,9 @@ class OneHolder:
 
     def load(self, folder: Path, table: Table, manifest: Manifest) -> None:
         """See :class:`SavedTables`."""
-        load_table(folder, manifest, self._bank.source(table).format.layout, _writer(self._bank, table))
+        if manifest.touched is not None:
+            _clear(self._bank, table)
+        load_table(folder, manifest, self._bank.source(table).format.layout, writer_of(self._bank, table))
 
 
 class AllRanks:
@@ -109,6 +122,11 @@ class AllRanks:
         layout = self._bank.source(table).format.layout
         return save_shards(self._exchange, folder, table.rows, layout, _reader(self._bank, table))
 
+    def save_touched(self, folder: Path, table: Table) -> Manifest:
+        """See :class:`SavedTables`."""
+        layout, own = self._bank.source(table).format.layout, _touched(self._bank, table)
+        return save_touched_shards(self._exchange, folder, table.rows, own, layout, _reader(self._bank, table))
+
     def update(self, folder: Path, table: Table, earlier: Manifest) -> Manifest:
         """See :class:`SavedTables`."""
         layout, own = self._bank.source(table).format.layout, _changed(self._bank, table)
@@ -122,7 +140,9 @@ class AllRanks:
 
     def load(self, folder: Path, table: Table, manifest: Manifest) -> None:
         """See :class:`SavedTables`."""
-        write = only_held(self._exchange.shard, _writer(self._bank, table))
+        if manifest.touched is not None:
+            _clear(self._bank, table)
+        write = only_held(self._exchange.shard, writer_of(self._bank, table))
         load_table(folder, manifest, self._bank.source(table).format.layout, write)
 
 
@@ -133,12 +153,30 @@ def _changed(bank: MemoryBank, table: Table) -> Tensor:
     return store.changed(table.space)
 
 
+def _touched(bank: MemoryBank, table: Table) -> Tensor:
+    """Rows of a table that are not all zeros, int64 ascending; only rows that were ever written are looked at."""
+    store, read = bank.source(table).store, _reader(bank, table)
+    written = store.written(table.space) if isinstance(store, WritableStore) else torch.arange(table.rows)
+    kept = [rows[(read(rows).view(torch.int64) != 0).any(1).cpu()] for rows in written.split(CHUNK_ROWS)]
+    return torch.cat(kept)
+
+
+def _clear(bank: MemoryBank, table: Table) -> None:
+    """Make all rows zeros, which rows that were never written are."""
+    source = bank.source(table)
+    assert isinstance(source.store, WritableStore), "a store that cannot be written is not loaded into"
+    for rows in source.store.written(table.space).split(CHUNK_ROWS):
+        writer_of(bank, table)(rows, source.format.layout.empty(len(rows)))
+
+
 def _reader(bank: MemoryBank, table: Table) -> Callable[[Tensor], Tensor]:
     store = bank.source(table).store
     return lambda rows: store.fetch(make_keys(table.space, rows.to(bank.device)))
 
 
-def _writer(bank: MemoryBank, table: Table) -> Callable[[Tensor, Tensor], None]:
+def writer_of(bank: MemoryBank, table: Table) -> Callable[[Tensor, Tensor], None]:
+    """Replaces rows int64 ``[n]`` of a table, of which no step is under way, by their records. Raises ``ValueError``
+    where they can only be read."""
     source = bank.source(table)
     store = source.store
     if not isinstance(store, WritableStore):

@@ -20,3 +20,8 @@ class Tokens:
     """False at padding and image tokens: they read nothing and change no row."""
     history: Window | None = None
     """What came before in decoding, from :meth:`MemoryBank.new_history`; it is told of these tokens."""
+
+    @property
+    def is_step(self) -> bool:
+        """Whether it is one position of every sequence, in decoding."""
+        return self.history is not None and self.ids.shape[1:] == (1,)

@@ -11,7 +11,7 @@ from torch_engram.stores.host import HostStore
 from torch_engram.stores.loaded import LoadedStore
 from torch_engram.stores.manifest import Manifest, Part, planes_of
 from torch_engram.stores.ngram_cache import Begun, Heads, NgramCache, ngram_cache
-from torch_engram.stores.parts import check_table, load_table, parts_in, save_table, update_table
+from torch_engram.stores.parts import check_table, load_table, parts_in, save_table, save_touched, update_table
 from torch_engram.stores.protocol import Store, WritableStore
 from torch_engram.stores.records import Plane, RecordLayout, RowFormat, make_keys
 from torch_engram.stores.shard import Shard, ShardedStore
@@ -51,5 +51,6 @@ __all__ = [
     "parts_in",
     "planes_of",
     "save_table",
+    "save_touched",
     "update_table",
 ]

@@ -56,6 +56,10 @@ class WritableFront(Front):
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""
         return self.store.changed(space)
 
+    def written(self, space: int) -> Tensor:
+        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
+        return self.store.written(space)
+
     def forget_changes(self) -> int:
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""
         return self.store.forget_changes()

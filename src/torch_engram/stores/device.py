@@ -26,9 +26,17 @@ class DeviceStore(TableStore):
 
     def fetch(self, keys: Tensor, group: Tensor | None = None) -> Tensor:
         """See :class:`~torch_engram.stores.protocol.Store`."""
+        self._wait_for_writes()
+        return self.table.gather(keys)
+
+    def values(self, index: Tensor) -> Tensor:
+        """See :meth:`RecordTable.values <torch_engram.stores.table.RecordTable.values>`."""
+        self._wait_for_writes()
+        return self.table.values(index)
+
+    def _wait_for_writes(self) -> None:
         if self._written is not None:
             torch.cuda.current_stream(self.table.device).wait_event(self._written)
-        return self.table.gather(keys)
 
     def write(self, keys: Tensor, records: Tensor) -> int:
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""

@@ -49,6 +49,7 @@ class DiskStore:
         layouts = {table.layout for table in tables.values()}
         if len(layouts) != 1:
             raise ValueError(f"{len(layouts)} kinds of records in one store: give tables of one width and codec.")
+        assert all(table.whole for table in tables.values()), "rows that are in no file cannot be read in place"
         (self.layout,) = layouts
         self.tables, self._staging = dict(tables), staging
         self.spaces = {space: table.rows for space, table in tables.items()}

@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_engram.stores.manifest import Manifest, Part, planes_of, tensor_name
+from torch_engram.stores.manifest import Manifest, planes_of, tensor_name
 from torch_engram.stores.named_tables import NamedTable
 from torch_engram.stores.open_files import OpenFile, TensorFile
-from torch_engram.stores.parts import ROW_TENSOR
+from torch_engram.stores.parts import listed_rows, open_part
 from torch_engram.stores.records import Field, Plane, RecordLayout
 from torch_engram.stores.tensor_files import TensorPlace
 
@@ -58,8 +58,9 @@ class FileRows:
 
     ``places``: for every field of ``layout`` the tensors that hold it, consecutive rows, the first ones first.
     ``changed``: int64 ascending, rows that were saved again later; their newest records are ``newest``, rows past
-    ``rows`` in the numbering of ``places``: 16 bytes a changed row are all that grows with the table. Make one by
-    :meth:`of` or :meth:`saved`; its files are closed when it goes.
+    ``rows`` in the numbering of ``places``: 16 bytes a changed row are all that grows with the table. Where it is not
+    ``whole``, the changed rows are all that is in files, and all others are zeros. Make one by :meth:`of` or
+    :meth:`saved`; its files are closed when it goes.
     """
 
     def __init__(
@@ -71,8 +72,9 @@ class FileRows:
         files: Sequence[OpenFile],
         changed: Int64s | None = None,
         newest: Int64s | None = None,
+        whole: bool = True,
     ):
-        self.name, self.rows, self.layout, self.files = name, rows, layout, list(files)
+        self.name, self.rows, self.layout, self.files, self.whole = name, rows, layout, list(files), whole
         number = {file.path: index for index, file in enumerate(self.files)}
         self.columns = [_column(field, found, number) for field, found in places.items()]
         """One for every field of the layout."""
@@ -111,16 +113,20 @@ class FileRows:
         for name, kind in planes_of(layout).items():
             if manifest.planes.get(name) != kind:
                 raise ValueError(f"{folder} has no {name} of {kind[0]} [{kind[1]}]: open it with its own codec.")
-        files = [_open_part(folder / part.file, part, layout) for part in manifest.parts]
+        files = [open_part(folder / part.file, part, layout) for part in manifest.parts]
         places = {field: [file.tensors[tensor_name(field)] for file in files] for field in layout.fields}
         listed = [
-            _listed(file, manifest.rows) for file, part in zip(files, manifest.parts, strict=True) if part.first is None
+            listed_rows(file, manifest.rows)
+            for file, part in zip(files, manifest.parts, strict=True)
+            if part.first is None
         ]
-        changed, newest = _last_of_each(listed, manifest.rows)
-        return cls(folder.name, manifest.rows, layout, places, files, changed, newest)
+        whole = manifest.touched is None
+        changed, newest = _last_of_each(listed, manifest.rows if whole else 0)
+        return cls(folder.name, manifest.rows, layout, places, files, changed, newest, whole)
 
     def current(self, rows: Int64s) -> Int64s:
-        """Where the newest records of rows are, in the numbering of :attr:`columns`: most are at their own number."""
+        """Where the newest records of rows of a whole table are, in the numbering of :attr:`columns`: most are at their
+        own number."""
         if not len(self._changed):
             return rows
         at = np.searchsorted(self._changed, rows).clip(max=len(self._changed) - 1)
@@ -162,10 +168,12 @@ class FileRows:
         return tuple(part.view(kind.dtype) for part, kind in zip(parts, kinds, strict=True))
 
     def is_hole(self, first: int, last: int) -> bool:
-        """Whether consecutive rows are zeros that were never written, in holes of the files: there is no need to read
+        """Whether consecutive rows are zeros that were never written, in no file or in holes: there is no need to read
         them. Raises ``OSError`` naming a file that was changed."""
         begin, end = np.searchsorted(self._changed, (first, last))
-        return bool(begin == end) and all(
+        if begin != end or not self.whole:
+            return bool(begin == end)
+        return all(
             self.files[number].is_hole(at, at + rows * column.nbytes)
             for column in self.columns
             for number, at, rows in column.pieces(first, last)
@@ -175,7 +183,11 @@ class FileRows:
         """Fill ``targets``, one for every column, uint8 ``[last - first, column.nbytes]``."""
         if last > first:
             self.require_rows(np.array([first, last - 1]))
-        self._read_columns(first, last, targets)
+        if self.whole:
+            self._read_columns(first, last, targets)
+        else:
+            for target in targets:
+                target.zero_()
         begin, end = np.searchsorted(self._changed, (first, last))
         if begin == end:
             return
@@ -213,34 +225,9 @@ def _column(field: Field, places: Sequence[TensorPlace], number: Mapping[Path, i
     )
 
 
-def _open_part(path: Path, part: Part, layout: RecordLayout) -> TensorFile:
-    """Raises ``ValueError`` unless it has the tensors that a part like this must have."""
-    if not path.is_file():
-        raise ValueError(f"{path} is no file: use an intact copy of the table.")
-    file = TensorFile(path)
-    planes = {name: (dtype, (part.rows, width)) for name, (dtype, width) in planes_of(layout).items()}
-    rows = {ROW_TENSOR: ("I64", (part.rows,))} if part.first is None else {}
-    for name, kind in [*rows.items(), *planes.items()]:
-        place = file.tensors.get(name)
-        if place is None or (place.dtype, place.shape) != kind:
-            raise ValueError(f"{path} is not the part that is listed ({name!r} differs): use an intact copy.")
-    return file
-
-
-def _listed(file: TensorFile, rows: int) -> Int64s:
-    """The rows that a part of changes lists, int64 ascending; the table has ``rows``."""
-    place = file.tensors[ROW_TENSOR]
-    raw = np.empty(place.nbytes, np.uint8)
-    file.read_into(place.start, raw)
-    file.require_unchanged()
-    listed = raw.view(np.int64)
-    if (np.diff(listed, prepend=-1, append=rows) <= 0).any():
-        raise ValueError(f"{file.path} lists rows out of order: use an intact copy.")
-    return listed
-
-
-def _last_of_each(listed: Sequence[Int64s], rows: int) -> tuple[Int64s, Int64s]:
-    """Rows that parts of changes list, each once and ascending, and where the last part that lists it has it."""
+def _last_of_each(listed: Sequence[Int64s], before: int) -> tuple[Int64s, Int64s]:
+    """Rows that parts of changes list, each once and ascending, and where the last part that lists it has it;
+    ``before``: rows in the parts before."""
     every = np.concatenate([np.empty(0, np.int64), *listed])
     changed, last = np.unique(every[::-1], return_index=True)
-    return changed, rows + len(every) - 1 - last
+    return changed, before + len(every) - 1 - last

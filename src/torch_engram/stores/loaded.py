@@ -38,6 +38,10 @@ class LoadedStore:
         """See :class:`~torch_engram.stores.protocol.Store`."""
         return self.table.gather(keys)
 
+    def values(self, index: Tensor) -> Tensor:
+        """See :meth:`RecordTable.values <torch_engram.stores.table.RecordTable.values>`."""
+        return self.table.values(index)
+
     def read(self, spaces: Sequence[int], first_rows: Sequence[int], rows: Tensor, out: Tensor) -> Tensor:
         """The values that ``n`` positions read from ``S`` spaces, in ``out`` ``[S, n, C·dim]``; returns ``out``.
 

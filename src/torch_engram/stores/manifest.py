@@ -30,6 +30,8 @@ class Manifest:
     planes: Mapping[str, tuple[str, int]]
     """Type and width of every tensor in every part."""
     parts: tuple[Part, ...] = field(default=())
+    touched: int | None = None
+    """Where all parts are changes, how many rows they hold: all others are zeros, and in no file."""
 
     @property
     def changes(self) -> tuple[Part, ...]:
@@ -39,14 +41,16 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; inverse of :meth:`from_dict`."""
         planes = {name: list(kind) for name, kind in self.planes.items()}
-        return {"rows": self.rows, "planes": planes, "parts": [asdict(part) for part in self.parts]}
+        content = {"rows": self.rows, "planes": planes, "parts": [asdict(part) for part in self.parts]}
+        return content if self.touched is None else {**content, "touched": self.touched}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Manifest:
         """Raises ``ValueError`` when it is no manifest, or its parts leave rows out."""
         try:
             planes = {name: (str(dtype), int(width)) for name, (dtype, width) in content["planes"].items()}
-            manifest = cls(int(content["rows"]), planes, tuple(Part(**part) for part in content["parts"]))
+            parts = tuple(Part(**part) for part in content["parts"])
+            manifest = cls(int(content["rows"]), planes, parts, content.get("touched"))
             whole = manifest._covers() and all(
                 Path(part.file).name == part.file and part.sha256 for part in manifest.parts
             )
@@ -57,7 +61,10 @@ class Manifest:
         return manifest
 
     def _covers(self) -> bool:
-        """Whether the parts of consecutive rows follow each other from the first row to the last, changes after."""
+        """Whether the parts of consecutive rows follow each other from the first row to the last, changes after; or
+        there are as many touched rows as are said."""
+        if self.touched is not None:
+            return sum(part.rows for part in self.changes) == self.touched and self.changes == self.parts
         reached, changes = 0, False
         for part in self.parts:
             changes = changes or part.first is None

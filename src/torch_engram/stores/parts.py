@@ -14,12 +14,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
 from torch_engram.durable import file_digest, replacing, sync
 from torch_engram.stores.manifest import Manifest, Part, planes_of, tensor_name
+from torch_engram.stores.open_files import TensorFile
 from torch_engram.stores.records import RecordLayout
 from torch_engram.stores.tensor_files import TensorWriter, file_size
 
@@ -51,10 +54,20 @@ def save_table(
     return Manifest(rows, planes_of(layout), tuple(parts))
 
 
+def save_touched(folder: Path, rows: int, touched: Tensor, layout: RecordLayout, read: Read) -> Manifest:
+    """As :func:`save_table`, of a table whose rows other than ``touched`` (int64, ascending) are zeros: those are left
+    out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = write_changes(folder, touched, layout, read)
+    sync(folder)
+    return Manifest(rows, planes_of(layout), tuple(parts), len(touched))
+
+
 def update_table(folder: Path, earlier: Manifest, changed: Tensor, layout: RecordLayout, read: Read) -> Manifest:
     """Add the rows ``changed`` (int64, ascending) to the saved table ``earlier``, which stays whole.
 
-    A table whose changes would come to more than half of its rows is written anew. Raises ``OSError`` when the disk is
+    A table whose changes would come to more than half of its rows is written anew, as is one of which only touched rows
+    were saved. Raises ``OSError`` when the disk is
     full.
     """
     if not takes_changes(folder, earlier, len(changed), layout):
@@ -71,7 +84,7 @@ def takes_changes(folder: Path, earlier: Manifest, changed: int, layout: RecordL
         for part in earlier.parts
     )
     listed = sum(part.rows for part in earlier.changes) + changed
-    return intact and earlier.planes == planes_of(layout) and listed <= earlier.rows // 2
+    return earlier.touched is None and intact and earlier.planes == planes_of(layout) and listed <= earlier.rows // 2
 
 
 def check_table(
@@ -94,11 +107,14 @@ def check_table(
             )
     for part in manifest.parts if parts is None else parts:
         _check_sum(folder / part.file, part.sha256)
+        file = open_part(folder / part.file, part, layout)
+        if part.first is None:
+            listed_rows(file, rows)
 
 
 def load_table(folder: Path, manifest: Manifest, layout: RecordLayout, write: Write) -> None:
     """Hand the records of a table that :func:`check_table` has passed on to ``write``, a changed row more than once;
-    planes that ``layout`` lacks stay on disk."""
+    planes that ``layout`` lacks stay on disk, and rows that are in no file are left out."""
     for part in manifest.parts:
         _read_part(folder / part.file, part, layout, write)
 
@@ -160,6 +176,33 @@ def _check_sum(path: Path, expected: str) -> None:
         ) from error
     if found != expected:
         raise ValueError(f"{path} is truncated or damaged (its checksum differs): use an earlier checkpoint.")
+
+
+def open_part(path: Path, part: Part, layout: RecordLayout) -> TensorFile:
+    """Raises ``ValueError`` unless it has the tensors that a part like this must have."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: use an intact copy of the table.")
+    file = TensorFile(path)
+    planes = {name: (dtype, (part.rows, width)) for name, (dtype, width) in planes_of(layout).items()}
+    rows = {ROW_TENSOR: ("I64", (part.rows,))} if part.first is None else {}
+    for name, kind in [*rows.items(), *planes.items()]:
+        place = file.tensors.get(name)
+        if place is None or (place.dtype, place.shape) != kind:
+            raise ValueError(f"{path} is not the part that is listed ({name!r} differs): use an intact copy.")
+    return file
+
+
+def listed_rows(file: TensorFile, rows: int) -> NDArray[np.int64]:
+    """The rows that a part of changes lists, int64 ascending; the table has ``rows``. Raises ``ValueError`` where they
+    are others."""
+    place = file.tensors[ROW_TENSOR]
+    raw = np.empty(place.nbytes, np.uint8)
+    file.read_into(place.start, raw)
+    file.require_unchanged()
+    listed = raw.view(np.int64)
+    if (np.diff(listed, prepend=-1, append=rows) <= 0).any():
+        raise ValueError(f"{file.path} lists rows out of order: use an intact copy.")
+    return listed
 
 
 def _read_part(path: Path, part: Part, layout: RecordLayout, write: Write) -> None:

@@ -60,6 +60,10 @@ class WritableStore(Store, Protocol):
         """Rows of a space, int64 ascending on the CPU, that were written since :meth:`forget_changes`: what a save has
         to add to an earlier one. Call :meth:`flush` before."""
 
+    def written(self, space: int) -> Tensor:
+        """Rows of a space, int64 ascending on the CPU, that were ever written; all others are as the store was made.
+        Call :meth:`flush` before."""
+
     @property
     def counts_from(self) -> int:
         """Number of the last :meth:`forget_changes`: who remembers another one does not know all changes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 
 import numpy as np
@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 from torch_engram.stores.records import ROW_MASK, SPACE_SHIFT, RecordLayout
+
+_EARLIER = 2
+"""Marks a row that was written before changes were last forgotten; 1 marks one that was written since."""
+_PIECE = 1 << 20
+"""Marks that are looked at together: what a look at them takes is bounded by it."""
 
 
 class RowIndex:
@@ -60,12 +65,22 @@ class RowIndex:
 
     def changed(self, space: int) -> Tensor:
         """Rows of one space, ascending, whose records were replaced since :meth:`forget_changes`."""
-        return self._changed[self.span(space)].nonzero().squeeze(1).cpu()
+        return self._marked(space, lambda marks: marks == 1)
+
+    def written(self, space: int) -> Tensor:
+        """Rows of one space, ascending, whose records were ever replaced."""
+        return self._marked(space, lambda marks: marks)
+
+    def _marked(self, space: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
+        pieces = self._changed[self.span(space)].split(_PIECE)
+        found = [choose(piece).nonzero().squeeze(1).add_(number * _PIECE) for number, piece in enumerate(pieces)]
+        return torch.cat(found).cpu()
 
     def forget_changes(self) -> int:
         """Count changes from here on; returns the new :attr:`counts_from`."""
         self.counts_from += 1
-        self._changed = zeros(self._changed.shape, self.device)
+        for piece in self._changed.split(_PIECE):  # in place: a GPU goes on to mark there
+            piece.index_fill_(0, piece.nonzero().squeeze(1), _EARLIER)
         return self.counts_from
 
 
@@ -88,6 +103,10 @@ class IndexedStore:
     def changed(self, space: int) -> Tensor:
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""
         return self._rows.changed(space)
+
+    def written(self, space: int) -> Tensor:
+        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
+        return self._rows.written(space)
 
     def forget_changes(self) -> int:
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""

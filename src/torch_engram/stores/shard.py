@@ -85,6 +85,10 @@ class ShardedStore:
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""
         return self.shard.row(self.store.changed(space))
 
+    def written(self, space: int) -> Tensor:
+        """See :class:`~torch_engram.stores.protocol.WritableStore`."""
+        return self.shard.row(self.store.written(space))
+
     @property
     def counts_from(self) -> int:
         """See :class:`~torch_engram.stores.protocol.WritableStore`."""

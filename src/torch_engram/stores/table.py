@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from torch_engram.kernels import use_kernels
+from torch_engram.stores.codecs import CODECS
 from torch_engram.stores.gather import gather_rows
 from torch_engram.stores.host_memory import HostMemory
 from torch_engram.stores.records import RecordLayout
@@ -61,6 +63,16 @@ class RecordTable(RowIndex):
         index = self.checked_index(keys)
         return gather_rows(self.records, index, recycled(len(keys), self.layout.nbytes))
 
+    def values(self, index: Tensor) -> Tensor:
+        """Of rows by their number ``[n]``, none of which waits for its initial value: fp32 ``[n, dim]``."""
+        parts = tuple(part.index_select(0, index) for part in self._values)
+        return CODECS[self.layout.plane("value").codec].decode(parts)
+
+    @cached_property
+    def _values(self) -> tuple[Tensor, ...]:
+        """The values of all records, one view a component of their codec."""
+        return tuple(self.layout.view(self.records, field) for field in self.layout.fields if field.plane == "value")
+
     def scatter(self, keys: Tensor, records: Tensor) -> None:
         """Replace the records of distinct keys."""
         if use_kernels(keys):
@@ -71,14 +83,6 @@ class RecordTable(RowIndex):
         index = self.index(keys)
         self._changed.index_fill_(0, index, 1)
         self.words.index_copy_(0, index, records.view(torch.int64))
-
-    def forget_changes(self) -> int:
-        """See :meth:`RowIndex.forget_changes`."""
-        if self.marks is None:
-            return super().forget_changes()
-        self._changed.zero_()  # GPUs go on to mark there
-        self.counts_from += 1
-        return self.counts_from
 
 
 class TableStore(IndexedStore):

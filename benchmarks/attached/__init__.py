@@ -1,0 +1,1 @@
+"""What measurements of memories on models of transformers stand on."""
