@@ -124,7 +124,7 @@ class Addressing:
         """
         if use_kernels(tokens):
             return self._lookup_at_once(tokens, history, doc_start, live, with_mixes)
-        if history is not None and not tokens.is_cuda and tokens.shape == (history.sequences, 1):
+        if history is not None and tokens.device.type == "cpu" and tokens.shape == (history.sequences, 1):
             return self._lookup_step(tokens, history, doc_start, live)
         windows = self.windows(tokens, history=history, doc_start=doc_start, live=live)
         return Lookup(partial(self.rows, windows))

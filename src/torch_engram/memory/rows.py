@@ -5,8 +5,9 @@ The fetch and the first expansion run ahead of the step, in which only rows that
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from threading import Lock
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ class TouchedRows:
         """The write that the fetch waits to see, where others are trained first: one less to be laid over then."""
         self.planes: DecodedRows | None = None
         self.grad: Tensor | None = None
-        self._released, self._reading = False, Lock()
+        self._released, self._reads_from = False, deque([self.epoch])
+        """``_reads_from``: epochs of reads to be ended, each by whoever takes it out."""
 
     @property
     def width(self) -> int:
@@ -76,9 +78,13 @@ class TouchedRows:
     def _see_writes(self) -> None:
         if self.waits_for > self.epoch:
             self.source.wait(self.waits_for)
-            with self._reading:
-                if not self._released:
-                    self.epoch = self.source.begin_read_later(self.epoch)
+            self.epoch = self.source.begin_read()
+            self._reads_from.append(self.epoch)
+            if self._released:  # meanwhile, by another thread or a garbage collector
+                self.release()
+            else:
+                with suppress(IndexError):
+                    self.source.end_read(self._reads_from.popleft())
 
     def _bring(self, ids: Tensor, group: Tensor | None) -> None:
         self.keys = make_keys(self.table.space, ids)
@@ -140,10 +146,10 @@ class TouchedRows:
 
     def release(self) -> None:
         """Fetched rows are up to date or given up: no later write needs to be kept for them."""
-        with self._reading:
-            if not self._released:
-                self._released = True
-                self.source.end_read(self.epoch)
+        self._released = True
+        with suppress(IndexError):  # of an empty one
+            while True:
+                self.source.end_read(self._reads_from.popleft())
 
     def used_on(self, stream: torch.cuda.Stream) -> None:
         """Keep the memory of all that is here from being used again before ``stream`` is done with it."""

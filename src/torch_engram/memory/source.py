@@ -7,7 +7,9 @@ prefetched any number of steps ahead is exact.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
 
@@ -43,13 +45,16 @@ class Source:
         """Epoch of the last write."""
         self._writes: list[_Write] = []
         self._readers: dict[int, int] = {}  # fetches in use, by the epoch that each began at
+        self._ended: deque[int] = deque()
+        """Epochs of fetches that are in use no more, and still counted in ``_readers``."""
         self._counting = Lock()
 
     def begin_read(self) -> int:
         """A fetch is about to begin: the epoch up to which it will see every write."""
         with self._counting:
             epoch = self.store.acknowledged if isinstance(self.store, WritableStore) else 0
-            self._readers[epoch] = self._readers.get(epoch, 0) + 1
+            readers = self._in_use()
+            readers[epoch] = readers.get(epoch, 0) + 1
         return epoch
 
     def wait(self, epoch: int) -> None:
@@ -57,23 +62,26 @@ class Source:
         if isinstance(self.store, WritableStore):
             self.store.wait(epoch)
 
-    def begin_read_later(self, epoch: int) -> int:
-        """A read that begins now, in place of one that began at ``epoch``."""
-        later = self.begin_read()
-        self.end_read(epoch)
-        return later
-
     def end_read(self, epoch: int) -> None:
-        """That fetch has been brought up to date, or given up."""
-        with self._counting:
-            self._readers[epoch] -= 1
-            if not self._readers[epoch]:
-                del self._readers[epoch]
+        """That fetch has been brought up to date, or given up. Takes no lock: a garbage collector, which gives up what
+        nobody holds, calls from within anything, also where this thread has the lock."""
+        self._ended.append(epoch)
 
     @property
     def in_use(self) -> bool:
         """Whether rows were fetched that have not been brought up to date yet."""
-        return bool(self._readers)
+        with self._counting:
+            return bool(self._in_use())
+
+    def _in_use(self) -> dict[int, int]:
+        """Fetches in use by the epoch that each began at; within the lock."""
+        with suppress(IndexError):  # of an empty one
+            while True:
+                epoch = self._ended.popleft()
+                self._readers[epoch] -= 1
+                if not self._readers[epoch]:
+                    del self._readers[epoch]
+        return self._readers
 
     def newer_than(self, epoch: int, space: int) -> bool:
         """Whether there were writes to rows of ``space`` that a fetch at ``epoch`` may have missed."""
@@ -101,5 +109,5 @@ class Source:
         self.newest = self.store.write(rows.row_keys, records)
         self._writes.append(_Write(self.newest, space, rows.row_keys, records, done))
         with self._counting:
-            seen = min([self.store.acknowledged, *self._readers])
+            seen = min([self.store.acknowledged, *self._in_use()])
         self._writes = [write for write in self._writes if write.epoch > seen]
