@@ -112,9 +112,8 @@ class RowFormat:
             parts = tuple(self.layout.view(records, f) for f in self.layout.fields if f.plane == plane.name)
             planes[plane.name] = CODECS[plane.codec].decode(parts)
         if self.init_std and "count" in planes:
-            fresh = (planes["count"] == 0).squeeze(1).nonzero().squeeze(1)
-            if len(fresh):  # seldom: initial values take long to make
-                planes["value"] = planes["value"].index_copy(0, fresh, self._initial(keys[fresh]))
+            fresh = self._initial(keys)
+            planes["value"] = torch.where(planes["count"] == 0, fresh, planes["value"])
         return planes
 
     def encode(self, keys: Tensor, planes: Mapping[str, Tensor]) -> Tensor:
