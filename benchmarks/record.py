@@ -7,7 +7,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch_engram.bench.results import MEASURED, Measurement, origin
+from torch_engram.analysis.origin import origin
+from torch_engram.bench.results import MEASURED, Measurement
 
 RESULTS = Path(__file__).parent / "results"
 HEADER = ("claim", *MEASURED, "device", "versions", "commit", "date")

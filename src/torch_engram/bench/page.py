@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from html import escape
 
 from torch_engram.analysis.charts import Series, bar_groups, legend
+from torch_engram.analysis.origin import device_name, versions
 from torch_engram.analysis.page import page, percent, section, table
 from torch_engram.bench.lookups import LookupTimes
 from torch_engram.bench.ops import OPS, Sizes, Timed
-from torch_engram.bench.results import Measurement, device_name, quantiles, versions
+from torch_engram.bench.results import Measurement, quantiles
 from torch_engram.bench.steps import StepTimes
 from torch_engram.bench.timing import median
 

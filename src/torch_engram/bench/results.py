@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import csv
-import datetime
 import io
 import os
-import platform
 import statistics
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy
-import torch
-
+from torch_engram.analysis.origin import ORIGIN, origin
 from torch_engram.durable import replacing
 
 MEASURED = ("case", "value", "unit", "reference", "ratio", "p20", "p50", "p80", "n")
 """Columns of :meth:`Measurement.cells`."""
-ORIGIN = ("device", "versions", "date")
-"""Columns of :func:`origin`."""
 
 
 @dataclass(frozen=True)
@@ -72,26 +65,3 @@ def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
         return (samples[0],) * 3
     tenths = statistics.quantiles(samples, n=10, method="inclusive")
     return tenths[1], tenths[4], tenths[7]
-
-
-def origin(device: str) -> list[str]:
-    """One text a column of :data:`ORIGIN`."""
-    return [device_name(device), versions(), datetime.date.today().isoformat()]
-
-
-def device_name(device: str) -> str:
-    """The CPU's model and the number of cores that this process may use, or the GPU's name."""
-    if device != "cpu":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{model.replace(',', ' ')}; {cores} cores"
-
-
-def versions() -> str:
-    """Versions of what the figure depends on most."""
-    return f"python {sys.version.split()[0]} torch {torch.__version__} numpy {numpy.__version__}"
