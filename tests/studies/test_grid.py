@@ -1,0 +1,92 @@
+"""A grid that was interrupted ends with the lines of one that was not, and what its log holds is not run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torch_engram.studies.grid import LOG_FILE, read_log, run_grid
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Yields so many squares."""
+
+    count: int
+    shape: tuple[int, ...] = (1, 2)
+
+
+def squares(run: Squares) -> Iterator[dict[str, Any]]:
+    for number in range(run.count):
+        yield {"square": number * number}
+
+
+def failing(run: Squares) -> Iterator[dict[str, Any]]:
+    yield {"square": 0}
+    if run.count == 1:
+        raise ValueError("One is not to be squared.")
+
+
+def results(lines: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    return [(line["run"]["count"], line["result"]["square"]) for line in lines]
+
+
+GRID = [Squares(3), Squares(1), Squares(2)]
+WHOLE = [(3, 0), (3, 1), (3, 4), (1, 0), (2, 0), (2, 1)]
+
+
+def test_lines_are_in_the_grid_s_order_and_say_where_they_come_from(tmp_path):
+    lines = run_grid(GRID, squares, tmp_path, device="cpu")
+    assert results(lines) == WHOLE
+    assert all(line[part] for line in lines for part in ("device", "versions", "date", "code"))
+
+
+def test_nothing_is_run_twice(tmp_path):
+    first = run_grid(GRID, squares, tmp_path, device="cpu")
+    assert run_grid(GRID[:2], failing, tmp_path, device="cpu") == first[:4]
+    assert results(run_grid([Squares(1, shape=(9,))], squares, tmp_path, device="cpu")) == [(1, 0)]
+    assert results([line for line in read_log(tmp_path) if "result" in line]) == [*WHOLE, (1, 0)]
+
+
+def test_a_run_that_fails_leaves_the_others_be_and_is_run_again_whole(tmp_path):
+    """Of several processes, beside each other."""
+    with pytest.raises(ValueError, match="One is not"):
+        run_grid([Squares(1), Squares(2)], failing, tmp_path, device="cpu", workers=2)
+    assert results(run_grid([Squares(1), Squares(2)], squares, tmp_path, device="cpu")) == [(1, 0), (2, 0)]
+    assert results(run_grid([Squares(2)], squares, tmp_path / "anew", device="cpu")) == [(2, 0), (2, 1)]
+
+
+@pytest.mark.parametrize("cut", [1, 10, 200])
+def test_a_log_that_was_cut_off_is_as_good_as_one_of_fewer_runs(tmp_path, cut):
+    whole = run_grid(GRID, squares, tmp_path, device="cpu")
+    log = tmp_path / LOG_FILE
+    log.write_bytes(log.read_bytes()[:-cut])
+    assert run_grid(GRID, squares, tmp_path, device="cpu") == whole
+    assert all(json.loads(line) for line in log.read_text().splitlines())
+
+
+def test_results_are_on_disk_before_the_run_has_ended(tmp_path):
+    program = textwrap.dedent(f"""
+        import os, signal, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from pathlib import Path
+        from test_grid import Squares, run_grid
+        def killed(run):
+            yield {{"square": 0}}
+            os.kill(os.getpid(), signal.SIGKILL)
+        run_grid([Squares(2)], killed, Path({str(tmp_path)!r}), device="cpu")
+    """)
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ)
+    assert done.returncode == -signal.SIGKILL
+    assert [line["result"] for line in read_log(tmp_path)] == [{"square": 0}]
+    assert results(run_grid([Squares(2)], squares, tmp_path, device="cpu")) == [(2, 0), (2, 1)]
