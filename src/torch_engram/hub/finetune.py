@@ -147,7 +147,7 @@ def finetune(plan: Finetuning, resume: bool = False, watch: Callable[[int, float
     trained = [weight.numel() for weight in model.parameters() if weight.requires_grad]
     done = Finetuned(
         before, after, seconds, plan.steps * plan.batch_size * plan.accumulation * plan.seq_len,
-        _touched(memory), sum(trained),
+        rows_trained(memory), sum(trained),
     )  # fmt: skip
     write_json(out / METRICS, {"plan": asdict(plan), "result": asdict(done), "log": trainer.state.log_history})
     with replacing(out / CARD) as file:
@@ -240,8 +240,8 @@ def _loss(trainer: Trainer, out: Path, resume: bool) -> float | None:
     return loss
 
 
-def _touched(memory: Attached) -> int:
-    """Rows that were ever updated."""
+def rows_trained(memory: Attached) -> int:
+    """Rows of a memory that are no longer zero, as they all begin."""
     bank = memory.bank
     bank.flush()
     found = 0
@@ -249,7 +249,7 @@ def _touched(memory: Attached) -> int:
         source = bank.source(table)
         for rows in torch.arange(table.rows, device=bank.device).split(1 << 16):
             keys = make_keys(table.space, rows)
-            found += int((source.format.decode(keys, source.store.fetch(keys))["count"] > 0).sum())
+            found += int(source.format.decode(keys, source.store.fetch(keys))["value"].any(1).sum())
     return found
 
 

@@ -1,0 +1,220 @@
+"""Teaching facts on a tiny model: what is asked and scored, what a memory leaves alone, and whole runs of the study."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from torch_engram.data import IGNORE_INDEX
+from torch_engram.studies.facts import study
+from torch_engram.studies.facts.other_text import Rehearsal, windows
+from torch_engram.studies.facts.prompts import Asked
+from torch_engram.studies.facts.report import rows_of, write_report
+from torch_engram.studies.facts.scoring import Exam
+from torch_engram.studies.facts.study import FULL, SMALL, FactsRun, facts_of, run_facts
+from torch_engram.studies.facts.teaching import Lessons, teach
+from torch_engram.studies.facts.ways import Rates, begin, lora_rank, read_by_a_token, rows_only_at
+from torch_engram.studies.facts.wordings import EXAMPLES, HELD_OUT, TRAINED
+from torch_engram.studies.grid import run_grid
+
+MEMORY = {"layers": (0, 1), "rows_per_head": 499, "heads": 2, "row_dim": 8, "conv_kernel": 0}
+TINY = replace(SMALL, people=2, batch=4, pieces=4, piece=16, memory=MEMORY, asked=1, known=140, scored=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_only = Tokenizer(models.BPE({sign: number for number, sign in enumerate(["<pad>", *alphabet])}, []))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bytes_only, pad_token="<pad>")
+
+
+@pytest.fixture
+def model(tokenizer) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+        )
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture
+def lessons(model, tokenizer) -> Lessons:
+    facts = Asked(facts_of(TINY), TRAINED, tokenizer)
+    return Lessons(facts, 4, Rehearsal(model, windows(tokenizer, "train", 4, 16), 0), 0, True, 0)
+
+
+def taught_for(taught, lessons, exposures) -> None:
+    for _ in teach(taught, lessons, (exposures,), lambda step, loss: None):
+        pass
+
+
+# -- what is asked ---------------------------------------------------------------------------------------------------
+
+
+def test_no_held_out_wording_ends_as_a_trained_one():
+    def ending(wording: str) -> tuple[str, ...]:
+        return tuple(wording.replace("{}", "NAME").split()[-3:])
+
+    for relation, wordings in HELD_OUT.items():
+        ends = {ending(each) for each in TRAINED[relation]} | {ending(each)[1:] for each in TRAINED[relation]}
+        assert not ends & {end for each in wordings for end in (ending(each), ending(each)[1:])}
+        assert len(TRAINED[relation]) == 16 and all(each.count("{}") == 1 for each in (*wordings, *TRAINED[relation]))
+
+
+def test_nobody_is_asked_for_who_is_an_example_or_whom_settings_were_chosen_on():
+    for scale in (SMALL, FULL):
+        facts = facts_of(scale)
+        assert len(facts) == 3 * scale.people and not {fact.subject for fact in facts} & set(EXAMPLES)
+    chosen_on = facts_of(replace(FULL, skipped=0, people=FULL.skipped))
+    assert not {fact.subject for fact in chosen_on} & {fact.subject for fact in facts_of(FULL)}
+
+
+def test_prompts_know_the_subject_and_the_answer(tokenizer):
+    facts = facts_of(TINY)
+    for wordings in (TRAINED, HELD_OUT):
+        asked = Asked(facts, wordings, tokenizer)
+        for number, wording in asked.all():
+            prompts, fact = asked.prompts([(number, wording)]), facts[number]
+            text = wordings[fact.relation][wording].format(fact.subject) + " " + fact.answer
+            assert tokenizer.decode(prompts.ids[0]) == text
+            assert tokenizer.decode(prompts.ids[prompts.labels != IGNORE_INDEX]) == " " + fact.answer
+            told = tokenizer.decode(prompts.ids[prompts.told])
+            assert told == (fact.subject + " " + fact.answer)[text.startswith(fact.subject) :]
+
+
+def test_a_batch_is_its_prompts_padded(tokenizer):
+    asked = Asked(facts_of(TINY), TRAINED, tokenizer)
+    chosen = asked.all(3)
+    batch = asked.prompts(chosen)
+    for row, one in enumerate(map(asked.prompts, ([each] for each in chosen))):
+        length = one.ids.shape[1]
+        assert batch.mask[row].sum() == length
+        for name in ("ids", "labels", "told", "mask"):
+            assert torch.equal(getattr(batch, name)[row, :length], getattr(one, name)[0]), name
+
+
+def test_an_exposure_has_every_fact_once_and_wordings_take_turns(tokenizer):
+    asked = Asked(facts_of(TINY), TRAINED, tokenizer)
+    rounds = list(asked.exposures(16, seed=3))
+    assert all(sorted(fact for fact, _ in each) == list(range(6)) for each in rounds)
+    assert sorted(each for one in rounds for each in one) == sorted(asked.all())
+    assert rounds == list(asked.exposures(16, seed=3)) != list(asked.exposures(16, seed=4))
+
+
+def test_pieces_of_other_text_come_from_documents_of_their_split(tokenizer):
+    train, validation = windows(tokenizer, "train", 6, 32), windows(tokenizer, "validation", 6, 32)
+    assert train.shape == validation.shape == (6, 32) and not torch.equal(train, validation)
+    assert torch.equal(train, windows(tokenizer, "train", 6, 32))
+
+
+# -- what is learned -------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_was_drilled_is_right_and_one_that_was_not_is_wrong(model, tokenizer, lessons):
+    exam = Exam(facts_of(TINY), tokenizer, most=None, every=70, pieces=1)
+    assert sum(exam.score(model).trained.values()) == 0
+    taught_for(begin("full", model, tokenizer, MEMORY, Rates(1e-2)), lessons, 200)
+    assert min(exam.score(model).trained.values()) > 0.5
+
+
+def test_a_memory_that_was_taught_nothing_changes_no_score(model, tokenizer):
+    exam = Exam(facts_of(TINY), tokenizer, most=1, every=70, pieces=2)
+    before = exam.score(model)
+    taught = begin("memory", model, tokenizer, MEMORY, Rates(1e-2, 1e-1))
+    assert exam.score(taught.model) == before
+
+
+def test_what_is_not_told_is_left_alone(model, tokenizer, lessons):
+    """A text that shares no n-gram with a name or an answer keeps its logits bit for bit."""
+    text = torch.tensor(tokenizer(["~@~@~@~@~@~@"])["input_ids"])
+    with torch.no_grad():
+        before = model(text).logits
+    taught = begin("memory", model, tokenizer, {**MEMORY, "rows_per_head": 200_003}, Rates(1e-2, 1e-1))
+    taught_for(taught, lessons, 4)
+    name = torch.tensor(tokenizer(["of " + facts_of(TINY)[0].subject])["input_ids"])
+    with torch.no_grad():
+        assert torch.equal(model(text).logits, before)
+        with_memory = model(name).logits
+        with taught.memory.disabled():
+            assert not torch.equal(model(name).logits, with_memory)
+
+
+def test_rows_outside_the_told_positions_get_no_gradient(model, tokenizer):
+    taught = begin("memory", model, tokenizer, MEMORY, Rates(1e-2, 1e-1))
+    ids = torch.tensor(tokenizer(["abcdefgh"])["input_ids"])
+    taught.model.train()
+    with rows_only_at(taught.memory, torch.zeros_like(ids, dtype=torch.bool)):
+        taught.model(ids, labels=ids).loss.backward()
+    taught.optimizer.step()
+    numbers = sum(weight.numel() for weight in taught.memory.engrams.parameters())
+    assert taught.trained() == numbers
+    taught.model(ids, labels=ids).loss.backward()
+    taught.optimizer.step()
+    assert taught.trained() > numbers
+
+
+def test_other_text_costs_nothing_while_nothing_is_said_otherwise(model, tokenizer):
+    rehearsal = Rehearsal(model, windows(tokenizer, "train", 4, 16), 0)
+    assert rehearsal.loss(model, 3).item() == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(50)
+    assert rehearsal.loss(model, 3).item() > 1e-4
+
+
+def test_a_token_reads_as_much_of_lora_as_of_the_memory(model, tokenizer):
+    rates = Rates(1e-3, 1e-2)
+    memory = begin("memory", model, tokenizer, MEMORY, rates)
+    assert memory.read == read_by_a_token(memory.memory.bank.config)
+    memory.memory.detach()
+    rank = lora_rank(model, memory.read)
+    lora = begin("lora", model, tokenizer, MEMORY, rates)
+    assert abs(lora.read - memory.read) <= lora.read / rank / 2
+
+
+# -- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def test_a_study_from_its_runs_to_its_report(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "_smollm2", lambda: (model, tokenizer))
+    memory = FactsRun("memory", TINY, Rates(1e-2, 1e-1), (1, 2), 1)
+    runs = [
+        FactsRun("untaught", TINY, Rates(0.0)), memory, replace(memory, told_only=False, rehearsed=0),
+        FactsRun("lora", TINY, Rates(1e-3), (1, 2), 1), FactsRun("full", TINY, Rates(1e-3), (1, 2), 1),
+    ]  # fmt: skip
+    steps: list[int] = []
+
+    def do(run):
+        return run_facts(run, "cpu", lambda step, loss: steps.append(step))
+
+    rows = rows_of(run_grid(runs, do, tmp_path, device="cpu"))
+    assert [(row.way, row.exposures) for row in rows] == [
+        ("before", 0), ("memory", 1), ("memory", 2),
+        ("memory, no other text, taught at every token", 1), ("memory, no other text, taught at every token", 2),
+        ("LoRA", 1), ("LoRA", 2), ("all weights", 1), ("all weights", 2),
+    ]  # fmt: skip
+    assert steps == [step for run in runs for step in range(1, run.steps + 1)]
+    assert all(row.read and row.trained and row.seconds for row in rows[1:])
+    write_report(rows, tmp_path)
+    with open(tmp_path / "facts.csv", newline="") as file:
+        assert [float(line["perplexity"]) for line in csv.DictReader(file)] == [row.perplexity for row in rows]
+    assert "<svg" in (tmp_path / "facts.svg").read_text()
+
+
+def test_a_seed_repeats_bit_for_bit(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(study, "_smollm2", lambda: (model, tokenizer))
+    run = FactsRun("memory", TINY, Rates(1e-2, 1e-1), (1,), 1)
+    first, second = ([{**each, "seconds": 0} for each in run_facts(run, "cpu")] for _ in range(2))
+    assert first == second
