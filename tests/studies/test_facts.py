@@ -22,7 +22,7 @@ from torch_engram.studies.facts.report import rows_of, write_report
 from torch_engram.studies.facts.scoring import Exam
 from torch_engram.studies.facts.study import FULL, SMALL, FactsRun, facts_of, run_facts
 from torch_engram.studies.facts.teaching import Lessons, teach
-from torch_engram.studies.facts.ways import Rates, begin, lora_rank, read_by_a_token, rows_only_at
+from torch_engram.studies.facts.ways import Rates, begin, lora_rank, read_by_a_token
 from torch_engram.studies.facts.wordings import EXAMPLES, HELD_OUT, TRAINED
 from torch_engram.studies.grid import run_grid
 
@@ -156,7 +156,7 @@ def test_rows_outside_the_told_positions_get_no_gradient(model, tokenizer):
     taught = begin("memory", model, tokenizer, MEMORY, Rates(1e-2, 1e-1))
     ids = torch.tensor(tokenizer(["abcdefgh"])["input_ids"])
     taught.model.train()
-    with rows_only_at(taught.memory, torch.zeros_like(ids, dtype=torch.bool)):
+    with taught.memory.only_at(torch.zeros_like(ids, dtype=torch.bool)):
         taught.model(ids, labels=ids).loss.backward()
     taught.optimizer.step()
     numbers = sum(weight.numel() for weight in taught.memory.engrams.parameters())

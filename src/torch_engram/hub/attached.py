@@ -87,6 +87,25 @@ class Attached(nn.Module):
         finally:
             self.enabled = before
 
+    @contextmanager
+    def only_at(self, positions: Tensor) -> Iterator[None]:
+        """Within, rows are read, and taught, at ``positions`` alone, bool ``[B, T]``; all others are zero.
+
+        A row that was never taught adds nothing. So what is taught at a name's tokens is found again whatever words
+        stand around it, and the phrases around it stay as they were.
+        """
+
+        def keep(module: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            streams, embeddings = args
+            return streams, embeddings * positions[..., None].to(embeddings)
+
+        hooks = [engram.register_forward_pre_hook(keep) for engram in self.engrams.values()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def optimizer(self, lr: float = 1e-3, weight_decay: float = 0.0) -> JoinedOptimizer:
         """One optimiser of the bank's rows, at the rate of their own optimiser, and of all of the model's weights that
         are trained, by AdamW: for a ``Trainer``, as ``optimizers=(memory.optimizer(), None)``. After

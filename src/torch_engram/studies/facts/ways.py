@@ -6,8 +6,8 @@ LoRA's rank is such that a token reads as many trained bytes of it as of the mem
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,27 +53,7 @@ class Taught:
 
     def at(self, positions: Tensor) -> Any:
         """A context in which a memory is taught at ``positions`` ``[B, T]`` alone."""
-        return nullcontext() if self.memory is None else rows_only_at(self.memory, positions)
-
-
-@contextmanager
-def rows_only_at(memory: Attached, positions: Tensor) -> Iterator[None]:
-    """Within, the rows of all other positions are zero, and get no gradient.
-
-    A row that is never taught stays zero, and adds nothing. So what is learned at a name's tokens is found again
-    whatever words stand around it, and common phrases are left as they were.
-    """
-
-    def keep(module: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        streams, embeddings = args
-        return streams, embeddings * positions[..., None].to(embeddings.dtype)
-
-    hooks = [engram.register_forward_pre_hook(keep) for engram in memory.engrams.values()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+        return nullcontext() if self.memory is None else self.memory.only_at(positions)
 
 
 def begin(way: Way, model: Any, tokenizer: Any, memory: dict[str, Any], rates: Rates) -> Taught:
