@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import start_processes  # type: ignore[attr-defined]
 
-
 IMPORTS = "torch._dynamo", "torch_engram.memory", "torch_engram.optim", "torch_engram.train"
 """What most ranks need."""
 

@@ -379,7 +379,7 @@ import sys, torch
 from pathlib import Path
 from torch_engram.stores import DiskTable, Plane, RecordLayout
 done, keys = 0, torch.arange(50)
-while done < 40:
+while done < 15:
     try:
         store = DiskTable(RecordLayout((Plane("value", 2),)), {0: 50}, Path(sys.argv[1]), 0)
     except ValueError:
