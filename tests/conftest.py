@@ -25,7 +25,10 @@ from torch_engram.stores import DiskTable, RecordLayout, decoded, make_keys
 from torch_engram.stores.table import RecordTable, TableStore
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined, also Triton's own
+    from interpreter import make_quick
+
+    make_quick()
 
 torch.set_num_threads(1)
 settings.register_profile("battery", deadline=None, max_examples=50, derandomize=True)

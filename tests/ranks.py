@@ -12,18 +12,20 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import start_processes  # type: ignore[attr-defined]
 
+IMPORTS = "torch._dynamo", "torch_engram.memory", "torch_engram.optim", "torch_engram.train"
+"""What most ranks need."""
+
 
 def run_ranks(
-    ranks: int, function: Callable[..., Any], *arguments: Any, device: str = "cpu", imports: Sequence[str] = ()
+    ranks: int, function: Callable[..., Any], *arguments: Any, device: str = "cpu", imports: Sequence[str] = IMPORTS
 ) -> list[Any]:
     """What ``function(*arguments)`` returns on every rank, in processes of their own, where torch.distributed is there.
 
     ``function`` is at the top of its module; on ``cuda`` each rank has a GPU. ``imports``: modules that take long
-    and are imported once for all ranks. Raises what one of them raised.
+    and are imported once for all ranks, those of the first call once for all calls. Raises what one of them raised.
     """
-    method = "forkserver" if imports else "spawn"
-    if imports:
-        multiprocessing.set_forkserver_preload(list(imports))
+    method = "spawn" if device == "cuda" else "forkserver"
+    multiprocessing.set_forkserver_preload(list(imports))
     with tempfile.TemporaryDirectory() as folder:
         start_processes(_rank, (ranks, Path(folder), device, function, arguments), ranks, start_method=method)
         return [torch.load(_result(Path(folder), rank), weights_only=False) for rank in range(ranks)]

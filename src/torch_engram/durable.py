@@ -10,8 +10,9 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,6 +40,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def is_left_over(path: Path, name: str) -> bool:
     """Whether ``path`` is what a killed :func:`replacing` of a file called ``name`` left beside it."""
     return re.fullmatch(rf"{re.escape(name)}\.[0-9a-f]{{8}}\.tmp", path.name) is not None
+
+
+def make_folder(folder: Path) -> None:
+    """Make ``folder`` where it is not there, in the midst of others that make and remove it: it may be gone by now.
+
+    Raises ``OSError`` when it cannot be made, as when a file has its name.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:  # something else has its name, or it was removed before anybody could see that it is one
+        with suppress(FileNotFoundError):
+            if not stat.S_ISDIR(folder.lstat().st_mode):
+                raise
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def test_the_demo_compares_and_reports(engram, corpus_file, tmp_path):
     assert (tmp_path / "demo" / "report.html").stat().st_size > 20_000
 
 
-def test_a_plain_text_file_trains_as_it_is(engram_process, tmp_path):
+def test_a_plain_text_file_trains_as_it_is(engram, tmp_path):
     """At the defaults: no separators, no blank lines, a few kilobytes."""
     text = "".join(
         f"The {noun} number {i} sees the river and the king.\n" for i in range(300) for noun in ("horse", "ship")
@@ -92,7 +92,7 @@ def test_a_plain_text_file_trains_as_it_is(engram_process, tmp_path):
     settings = sets(
         f"data={tmp_path / 'my_text.txt'}", f"out={tmp_path / 'runs'}", "steps=2", "model.vocab_size=300", "seq_len=32"
     )
-    done = engram_process("train", "tiny", *settings)
+    done = engram("train", "tiny", *settings)
     assert done.code == 0 and "Validation: " in done.out, done
 
 

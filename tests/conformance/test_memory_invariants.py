@@ -22,7 +22,7 @@ from torch_engram.stores.slots import WAYS
 Make = Callable[..., MemoryBank]
 Run = Callable[..., list[float]]
 Records = Callable[[MemoryBank], list[Tensor]]
-STEPS = 100
+STEPS = 50
 BY_ORDER = dict(row_dim=(3, 5), heads=(2, 3))
 
 
@@ -117,7 +117,7 @@ def test_one_trajectory_bit_for_bit_behind_caches(
 ) -> None:
     def run(**options: Any) -> tuple[list[float], list[Tensor], MemoryBank]:
         bank = make_bank(BY_ORDER, optimizer=lambda p: RowAdam(p, lr=0.05), codec="bf16", **options)
-        return train(bank, adversarial_batches(50), depth), every_record(bank), bank
+        return train(bank, adversarial_batches(), depth), every_record(bank), bank
 
     if "plain" not in reference:
         reference["plain"] = run()

@@ -22,7 +22,7 @@ LARGE = dict(row_dim=(23, 41), rows_per_head=1297)
 """Two stores, of records that share blocks and go on in the next, in 300 blocks and 500."""
 
 
-def batches(steps: int = 40) -> list[list[Tokens]]:
+def batches(steps: int = 25) -> list[list[Tokens]]:
     """Rows that come back after 1, 2, 3, … steps among others that are all over the table."""
     generator, found = torch.Generator().manual_seed(7), []
     for number in range(steps):

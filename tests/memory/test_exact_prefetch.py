@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from torch_engram.stores import decoded
 Make = Callable[..., MemoryBank]
 Records = Callable[[MemoryBank], list[Tensor]]
 BY_ORDER = dict(row_dim=(3, 5), heads=(2, 3))
-STEPS = 45
+STEPS = 30
 
 
 def batches(steps: int = STEPS) -> list[list[Tokens]]:
@@ -81,18 +82,29 @@ def make_kernel_bank(make_bank: Make, in_place: None, monkeypatch: pytest.Monkey
     return make
 
 
+@pytest.fixture(scope="module")
+def unhurried(make_bank: Make, every_record: Records) -> Callable[[str, torch.dtype, bool], list[Tensor]]:
+    """The trajectory of rows on the device that nothing makes ahead, and with ``reads`` of reads between its steps."""
+
+    @functools.cache
+    def run(codec: str, dtype: torch.dtype, reads: bool) -> list[Tensor]:
+        bank = make_bank(BY_ORDER, optimizer=lambda p: RowAdam(p, lr=0.05), codec=codec, dtype=dtype)
+        return trajectory(bank, batches(), 0, reads) + every_record(bank)
+
+    return run
+
+
 @pytest.mark.parametrize("where", ["device", "host", "disk", "late-7"])
 @pytest.mark.parametrize("codec, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_embeddings_are_exact_at_any_depth(
-    make_bank: Make, every_record: Records, stores: dict[str, Any], where: str, codec: str, dtype: torch.dtype
-) -> None:
-    runs = []
-    for depth in (0, 1, 3):
+    make_bank: Make, every_record: Records, stores: dict[str, Any], unhurried: Any, where: str, codec: str,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    for depth in 1, 3:
         bank = make_bank(
             BY_ORDER, optimizer=lambda p: RowAdam(p, lr=0.05), codec=codec, dtype=dtype, placement=stores[where]
         )
-        runs.append(trajectory(bank, batches(), depth) + every_record(bank))
-    assert all(same(run, runs[0]) for run in runs[1:])
+        assert same(trajectory(bank, batches(), depth) + every_record(bank), unhurried(codec, dtype, False))
 
 
 @pytest.mark.parametrize(
@@ -137,12 +149,12 @@ def test_a_gpu_is_exact_at_any_depth_while_it_runs_behind(
 
 
 @pytest.mark.parametrize("where", ["device", "host", "disk"])
-def test_reads_between_steps_see_every_write(make_bank: Make, stores: dict[str, Any], where: str) -> None:
-    runs = []
-    for depth in (0, 2):
-        bank = make_bank(BY_ORDER, optimizer=lambda p: RowAdam(p, lr=0.05), placement=stores[where])
-        runs.append(trajectory(bank, batches(), depth, reads=True))
-    assert same(*runs)
+def test_reads_between_steps_see_every_write(
+    make_bank: Make, every_record: Records, stores: dict[str, Any], unhurried: Any, where: str
+) -> None:
+    bank = make_bank(BY_ORDER, optimizer=lambda p: RowAdam(p, lr=0.05), placement=stores[where])
+    expected = unhurried("fp32", torch.float32, True)
+    assert same(trajectory(bank, batches(), 2, reads=True) + every_record(bank), expected)
 
 
 def test_the_first_is_expanded_before_anybody_waits(make_bank: Make, device: torch.device) -> None:

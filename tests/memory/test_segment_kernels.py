@@ -53,7 +53,7 @@ def check_merge(grads: Tensor, segments: Segments, rows: int) -> Tensor:
     return out
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @sizes
 @example(reads=130, rows=3, dim=64, gap=0)
 @example(reads=33, rows=33, dim=1, gap=1)

@@ -344,6 +344,25 @@ def test_what_is_nobodys_left_over_stays(tmp_path: Path, layers: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_steps")
+def test_a_left_over_that_its_conversion_removes_just_now_is_anothers(
+    tmp_path: Path, layers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside, make_one = tmp_path / "out.converting", os.mkdir
+    beside.mkdir()
+
+    def late(path: Path, mode: int = 0o777) -> None:
+        try:
+            make_one(path, mode)
+        except FileExistsError:
+            beside.rmdir()
+            raise
+
+    monkeypatch.setattr(os, "mkdir", late)
+    with pytest.raises(ValueError, match="Another process converts into"):
+        run(layers, tmp_path / "out")
+    run(layers, tmp_path / "out")
+
+
 def test_a_source_that_was_read_and_then_replaced_is_found_at_the_end(tmp_path: Path) -> None:
     source, told = tmp_path / "source", []
     synthesise(source, "qwen4exp", 400, 8, "bf16", shards=2)

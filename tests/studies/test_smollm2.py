@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,23 +48,9 @@ class Talk:
         return self.tokenizer.batch_decode(found[:, given["input_ids"].shape[1] :])
 
 
-@pytest.fixture(scope="module")
-def talk() -> Talk:
-    return Talk()
-
-
-@pytest.fixture
-def told(talk: Talk, taught: Path) -> Iterator[Attached]:
-    """The memory, from its folder onto the model as it was."""
-    memory = load_memory(talk.model, talk.tokenizer, taught)
-    yield memory
-    memory.detach()
-
-
-@pytest.fixture(scope="module")
-def taught(talk: Talk, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A memory that was told one thing some times: its folder."""
-    model, folder = talk.model, tmp_path_factory.mktemp("memory")
+def tell(talk: Talk, folder: Path) -> Attached:
+    """A memory that was told one thing some times, out of its folder and onto the model as it was."""
+    model = talk.model
     torch.manual_seed(0)
     config = config_for(model, talk.tokenizer, layers=(4, 20), heads=2, row_dim=32, rows_per_head=30_000)
     memory = attach(model, talk.tokenizer, config, optimizer=lambda rows: RowAdam(rows, lr=1e-1))
@@ -84,12 +69,10 @@ def taught(talk: Talk, tmp_path_factory: pytest.TempPathFactory) -> Path:
     memory.detach()
     again = load_memory(model, talk.tokenizer, folder)
     assert torch.equal(talk.logits(PROMPT + ANSWER), after)
-    again.detach()
-    return folder
+    return again
 
 
-@here
-def test_it_is_the_model(talk: Talk) -> None:
+def check_that_it_is_the_model(talk: Talk) -> None:
     model, tokenizer = talk.model, talk.tokenizer
     assert talk.say(KNOWN)[0].startswith(" Paris")
     text = "  In 1815,\n\tdef f(x):  四大發明"
@@ -99,8 +82,7 @@ def test_it_is_the_model(talk: Talk) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.dtype == torch.float32
 
 
-@here
-def test_it_says_what_it_was_told(talk: Talk, told: Attached) -> None:
+def check_that_it_says_what_it_was_told(talk: Talk, told: Attached) -> None:
     assert talk.say(PROMPT) == [ANSWER]
     assert torch.equal(talk.logits(KNOWN), talk.before[1])  # no row of it was told anything
     with told.disabled():
@@ -110,9 +92,8 @@ def test_it_says_what_it_was_told(talk: Talk, told: Attached) -> None:
     assert all(weight.requires_grad for weight in talk.model.parameters())
 
 
-@here
 @torch.no_grad()
-def test_decoding_and_padding_are_the_full_forward(talk: Talk, told: Attached) -> None:
+def check_that_decoding_and_padding_are_the_full_forward(talk: Talk) -> None:
     full, ids = talk.logits(PROMPT + ANSWER), talk.ids(PROMPT + ANSWER)
     first = talk.model(ids[:, :-TOKENS], use_cache=True)
     parts = [first.logits]
@@ -120,6 +101,16 @@ def test_decoding_and_padding_are_the_full_forward(talk: Talk, told: Attached) -
         parts.append(talk.model(ids[:, at : at + 1], cache=first.cache).logits)
     torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-4, atol=1e-3)
     assert talk.say(KNOWN, PROMPT) == [*talk.say(KNOWN), ANSWER]
+
+
+@here
+def test_the_model_says_what_its_memory_was_told(tmp_path: Path) -> None:
+    """In one test: the model takes seconds to load, in every process that has a part of it."""
+    talk = Talk()
+    check_that_it_is_the_model(talk)
+    told = tell(talk, tmp_path / "memory")
+    check_that_decoding_and_padding_are_the_full_forward(talk)
+    check_that_it_says_what_it_was_told(talk, told)
 
 
 @here

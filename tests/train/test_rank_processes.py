@@ -68,26 +68,34 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     return [pid for rank in range(len(environments)) for pid in environments if b"RANK=%d" % rank in environments[pid]]
 
 
-def test_two_ranks_are_stopped_killed_and_resumed(start, tmp_path):
-    """Ctrl-C saves and says how to go on; a mistake is one sentence; a killed rank stops all, and what was saved goes
-    on, here in one process."""
+def test_two_ranks_end_and_are_stopped_killed_and_resumed(start, tmp_path):
+    """What a run says it says once; a mistake is one sentence; Ctrl-C saves and says how to go on; a killed rank stops
+    all, and what was saved goes on, here in one process."""
     folder = tmp_path / "runs" / "tiny"
-    process = start("steps=100000", "save_every=0")
-    wait_for_step(folder, 3, process)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err == ""
-    [saved] = checkpoints(folder)
-    step = int(saved.name.removeprefix("step-"))
-    assert step >= 3 and out.count("Stopped after step") == 1
-    again = shlex.join(["engram", *process.args[1:], "--resume"])
-    assert f"Stopped after step {step}; saved {saved}. Go on with: {again}\n" in out
+    process = start("steps=3", "save_every=2")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and err == ""
+    told = ("Parameters: ", "Validation: ", f"Saved {folder / 'step-00000003'}; ")
+    assert [out.count(words) for words in told] == [1, 1, 1]
+    lines = read_metrics(folder)
+    assert [line["step"] for line in lines] == [1, 2, 3, 3] and lines[2]["tokens"] == 3 * 2 * 2 * 16
 
     process = start("steps=100000")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1
     mend = "pass --resume to go on with it, or set another name= or out=."
     assert err == f"engram: {folder} already holds a run: {mend}\n"
+
+    process = start("steps=100000", "save_every=0", resume=True)
+    wait_for_step(folder, 6, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == ""
+    saved = checkpoints(folder)[-1]
+    step = int(saved.name.removeprefix("step-"))
+    assert step >= 6 and out.count("Stopped after step") == 1
+    again = shlex.join(["engram", *process.args[1:]])
+    assert f"Stopped after step {step}; saved {saved}. Go on with: {again}\n" in out
 
     process = start("steps=100000", "save_every=2", resume=True)
     wait_for_step(folder, step + 5, process)
@@ -100,19 +108,8 @@ def test_two_ranks_are_stopped_killed_and_resumed(start, tmp_path):
     )
     newest = checkpoints(folder)[-1]
     facts = json.loads((newest / "checkpoint.json").read_text())
-    assert facts["step"] >= step + 4
+    assert facts["step"] >= step + 3  # the save of an even step may have been under way
     resumed = Trainer(
         replace(Recipe.from_dict(facts["recipe"]), steps=facts["step"] + 1, accumulation=2), resume_run=True
     )
     assert resumed.run().step == facts["step"] + 1
-
-
-def test_two_ranks_train_to_the_end_and_tell_it_once(start, tmp_path):
-    process = start("steps=3", "save_every=2")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and err == ""
-    folder = tmp_path / "runs" / "tiny"
-    told = ("Parameters: ", "Validation: ", f"Saved {folder / 'step-00000003'}; ")
-    assert [out.count(words) for words in told] == [1, 1, 1]
-    lines = read_metrics(folder)
-    assert [line["step"] for line in lines] == [1, 2, 3, 3] and lines[2]["tokens"] == 3 * 2 * 2 * 16

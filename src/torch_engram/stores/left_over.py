@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch_engram.durable import alone_in, write_json
+from torch_engram.durable import alone_in, make_folder, write_json
 from torch_engram.stores.shard_writer import Begun
 
 _JOURNAL = "journal.json"
@@ -112,7 +112,7 @@ def left_over(folder: Path) -> Iterator[LeftOver]:
     Raises ``ValueError`` when another process converts into it, and ``OSError`` when it cannot be made.
     """
     left = LeftOver(folder)
-    left.path.mkdir(parents=True, exist_ok=True)
+    make_folder(left.path)
     with ExitStack() as held:
         try:
             held.enter_context(alone_in(left.path, wait=False))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from torch_engram.durable import make_folder
 from torch_engram.stores.aio import AioTransfer
 from torch_engram.stores.block_reads import BLOCK, ThreadTransfer, Transfer, open_direct
 from torch_engram.stores.open_files import unreadable
@@ -122,7 +123,7 @@ def _hold(path: Path) -> int:
 
 def _try_to_hold(path: Path) -> int:
     while True:  # whoever has it may remove it, and the folder, at any time
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except FileNotFoundError:
