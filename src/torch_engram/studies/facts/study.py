@@ -64,7 +64,7 @@ class FactsRun:
 
 _BLOCKS = tuple(range(4, 16))
 SMALL = Scale(
-    people=12, skipped=400, batch=6, pieces=16, piece=64, asked=2, known=4, scored=6,
+    people=6, skipped=400, batch=6, pieces=16, piece=64, asked=2, known=4, scored=6,
     memory={"layers": _BLOCKS, "rows_per_head": 5_000, "heads": 4, "row_dim": 64, "conv_kernel": 0},
 )  # fmt: skip
 FULL = Scale(
