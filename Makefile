@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	$(BIN)/engram demo
 
 demo-attach: $(VENV)/.installed-studies
-	OMP_WAIT_POLICY=active $(BIN)/engram study facts  # alone on its cores, where spinning threads take half the time
+	OMP_WAIT_POLICY=active $(BIN)/engram study facts  # alone on its cores, threads that spin while they wait are quicker
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -211,6 +211,7 @@ def test_a_study_from_its_runs_to_its_report(model, tokenizer, tmp_path, monkeyp
     with open(tmp_path / "facts.csv", newline="") as file:
         assert [float(line["perplexity"]) for line in csv.DictReader(file)] == [row.perplexity for row in rows]
     assert "<svg" in (tmp_path / "facts.svg").read_text()
+    assert (tmp_path / "facts.md").read_text().count("| memory |") == 2
 
 
 def test_a_seed_repeats_bit_for_bit(model, tokenizer, monkeypatch):

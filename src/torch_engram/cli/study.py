@@ -77,11 +77,11 @@ def _watched(run: FactsRun, device: str) -> Iterator[dict[str, Any]]:
 def _table(rows: list[Row]) -> Table:
     from rich.table import Table
 
-    from torch_engram.studies.facts.report import HEAD, cells
+    from torch_engram.studies.facts.report import CAPTION, HEAD, cells
 
-    table = Table(box=None)
+    table = Table(box=None, caption=CAPTION, caption_justify="left")
     for place, name in enumerate(HEAD):
-        table.add_column(name, justify="right" if place else "left")
+        table.add_column(name, justify="right" if place else "left", no_wrap=True)
     for row in rows:
         table.add_row(*cells(row))
     return table
