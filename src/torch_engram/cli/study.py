@@ -41,10 +41,14 @@ def facts(
     for name in ("transformers", "peft", "gguf", "matplotlib"):
         if find_spec(name) is None:
             raise ValueError(f"The study needs the package {name}: pip install 'torch-engram[studies]'.")
+    from torch_engram.bench.results import require_writable
     from torch_engram.studies.facts.report import rows_of, write_report
     from torch_engram.studies.facts.study import full, run_facts, small
     from torch_engram.studies.grid import run_grid
+    from torch_engram.train.build import require_device
 
+    require_device(device)
+    require_writable(out)
     scales = {"small": small, "full": full}
     if scale not in scales:
         raise ValueError(f"--scale is {scale!r}: give small or full.")
