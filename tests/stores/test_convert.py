@@ -363,6 +363,7 @@ def test_a_left_over_that_its_conversion_removes_just_now_is_anothers(
     run(layers, tmp_path / "out")
 
 
+@pytest.mark.usefixtures("small_steps")
 def test_a_source_that_was_read_and_then_replaced_is_found_at_the_end(tmp_path: Path) -> None:
     source, told = tmp_path / "source", []
     synthesise(source, "qwen4exp", 400, 8, "bf16", shards=2)
