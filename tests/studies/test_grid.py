@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from torch_engram.durable import alone_in
 from torch_engram.studies.grid import LOG_FILE, read_log, run_grid
 
 
@@ -58,12 +59,12 @@ def test_nothing_is_run_twice(tmp_path):
     assert results([line for line in read_log(tmp_path) if "result" in line]) == [*WHOLE, (1, 0)]
 
 
-def test_a_run_that_fails_leaves_the_others_be_and_is_run_again_whole(tmp_path):
-    """Of several processes, beside each other."""
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_that_fails_leaves_the_others_be_and_is_run_again_whole(tmp_path, workers):
     with pytest.raises(ValueError, match="One is not"):
-        run_grid([Squares(1), Squares(2)], failing, tmp_path, device="cpu", workers=2)
+        run_grid([Squares(1), Squares(2)], failing, tmp_path, device="cpu", workers=workers)
     assert results(run_grid([Squares(1), Squares(2)], squares, tmp_path, device="cpu")) == [(1, 0), (2, 0)]
-    assert results(run_grid([Squares(2)], squares, tmp_path / "anew", device="cpu")) == [(2, 0), (2, 1)]
+    assert len([line for line in read_log(tmp_path) if "ended" in line]) == 2
 
 
 @pytest.mark.parametrize("cut", [1, 10, 200])
@@ -90,3 +91,23 @@ def test_results_are_on_disk_before_the_run_has_ended(tmp_path):
     assert done.returncode == -signal.SIGKILL
     assert [line["result"] for line in read_log(tmp_path)] == [{"square": 0}]
     assert results(run_grid([Squares(2)], squares, tmp_path, device="cpu")) == [(2, 0), (2, 1)]
+
+
+def test_a_run_that_lost_a_result_has_not_ended(tmp_path):
+    run_grid([Squares(3)], squares, tmp_path, device="cpu")
+    log = tmp_path / LOG_FILE
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[1:]))
+    assert results(run_grid([Squares(3)], squares, tmp_path, device="cpu")) == [(3, 0), (3, 1), (3, 4)]
+
+
+@pytest.mark.parametrize("text", ["my notes\n", '{"step": 1}\n', "[1]\n"])
+def test_a_file_that_is_no_log_is_left_as_it_is(tmp_path, text):
+    (tmp_path / LOG_FILE).write_text(text)
+    with pytest.raises(ValueError, match=r"Line 1 of .*runs.jsonl is no run of a study: give another --out"):
+        run_grid(GRID, squares, tmp_path, device="cpu")
+    assert (tmp_path / LOG_FILE).read_text() == text
+
+
+def test_two_grids_do_not_share_a_folder(tmp_path):
+    with alone_in(tmp_path, wait=False), pytest.raises(ValueError, match="Another process runs a study in"):
+        run_grid(GRID, squares, tmp_path, device="cpu")

@@ -11,17 +11,18 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch_engram.analysis.origin import ORIGIN, origin, revision
-from torch_engram.durable import replacing
+from torch_engram.durable import alone_in, replacing
 
 LOG_FILE = "runs.jsonl"
 Line = dict[str, Any]
-"""``run``, its fields; ``result``, and where it comes from; or ``ended``, after the last of them."""
+"""``run``, its fields; ``result``, and where it comes from; or, after the last of them, ``ended``, their number."""
 Do = Callable[[Any], Iterable[dict[str, Any]]]
 """Runs a run, and yields its results as JSON takes them."""
 
@@ -30,31 +31,42 @@ def run_grid(runs: Sequence[Any], do: Do, out: Path, *, device: str, workers: in
     """The log's lines of the results of ``runs``, in their order.
 
     ``do``: of a module, where there are several ``workers``, processes that share the device. A run that fails leaves
-    the others be, and is raised at the end.
+    the others be, and is raised at the end. Raises ``ValueError`` where another grid is being run in ``out``, and for a
+    log that is none.
     """
     out.mkdir(parents=True, exist_ok=True)
-    known = _ended(read_log(out))
-    with replacing(out / LOG_FILE) as file:  # of runs that had not ended, nothing is kept
-        file.write("".join(_text(line) for lines in known.values() for line in lines).encode())
-    missing = [run for run in runs if _key(_plain(run)) not in known]
-    one = _LoggedRun(do, out / LOG_FILE, {**dict(zip(ORIGIN, origin(device), strict=True)), "code": revision()})
-    if workers == 1:
-        for run in missing:
-            one(run)
-    else:
-        _run_beside(missing, one, workers)
-    known = _ended(read_log(out))
+    with ExitStack() as held:
+        try:
+            held.enter_context(alone_in(out, wait=False))
+        except BlockingIOError as error:
+            raise ValueError(f"Another process runs a study in {out}: wait for it, or give another --out.") from error
+        known = _ended(read_log(out))
+        with replacing(out / LOG_FILE) as file:  # of runs that had not ended, nothing is kept
+            file.write("".join(_text(line) for lines in known.values() for line in lines).encode())
+        missing = [run for run in runs if _key(_plain(run)) not in known]
+        one = _LoggedRun(do, out / LOG_FILE, {**dict(zip(ORIGIN, origin(device), strict=True)), "code": revision()})
+        failed = _run_here(missing, one) if workers == 1 else _run_beside(missing, one, workers)
+        if failed:
+            raise failed[0]
+        known = _ended(read_log(out))
     return [line for run in runs for line in known[_key(_plain(run))] if "result" in line]
 
 
 def read_log(out: Path) -> list[Line]:
-    """The lines of a folder's log, oldest first; one that was cut off is left out."""
-    path, lines = out / LOG_FILE, []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    """The lines of a folder's log, oldest first; a last one that was cut off is left out.
+
+    Raises ``ValueError`` for a file that is no such log.
+    """
+    path, lines = out / LOG_FILE, list[Line]()
+    texts = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for number, text in enumerate(texts[:-1], 1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
+            line = json.loads(text)
+            if "run" not in line:
+                raise ValueError("no run")
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"Line {number} of {path} is no run of a study: give another --out.") from error
+        lines.append(line)
     return lines
 
 
@@ -67,9 +79,11 @@ class _LoggedRun:
     where: dict[str, str]
 
     def __call__(self, run: Any) -> None:
+        count = 0
         for result in self.do(run):
             self._write({"run": _plain(run), "result": result, **self.where})
-        self._write({"run": _plain(run), "ended": True})
+            count += 1
+        self._write({"run": _plain(run), "ended": count})
 
     def _write(self, line: Line) -> None:
         """One append, which other processes' lines do not cut."""
@@ -78,22 +92,35 @@ class _LoggedRun:
             os.fsync(file.fileno())
 
 
-def _run_beside(runs: Sequence[Any], one: _LoggedRun, workers: int) -> None:
-    """In processes of their own, which a GPU's contexts want to be spawned."""
+def _run_here(runs: Sequence[Any], one: _LoggedRun) -> list[Exception]:
+    """One after the other; returns what went wrong."""
+    failed = []
+    for run in runs:
+        try:
+            one(run)
+        except Exception as error:
+            failed.append(error)
+    return failed
+
+
+def _run_beside(runs: Sequence[Any], one: _LoggedRun, workers: int) -> list[Exception]:
+    """In processes of their own, which a GPU's contexts want to be spawned; returns what went wrong."""
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         begun = [pool.submit(one, run) for run in runs]
-        failed = [future.exception() for future in as_completed(begun)]
-    for error in failed:
-        if error is not None:
-            raise error
+        try:
+            errors = [future.exception() for future in begun]
+        except BaseException:  # Ctrl-C: the runs under way are the last
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return [error for error in errors if isinstance(error, Exception)]
 
 
 def _ended(lines: Sequence[Line]) -> dict[str, list[Line]]:
-    """Lines of the runs that came to their end, by run."""
+    """Lines of the runs that came to their end with all their results, by run."""
     found: dict[str, list[Line]] = {}
     for line in lines:
         found.setdefault(_key(line["run"]), []).append(line)
-    return {key: lines for key, lines in found.items() if "ended" in lines[-1]}
+    return {key: lines for key, lines in found.items() if lines[-1].get("ended") == len(lines) - 1}
 
 
 def _plain(run: Any) -> dict[str, Any]:
@@ -107,4 +134,4 @@ def _key(run: dict[str, Any]) -> str:
 
 
 def _text(line: Line) -> str:
-    return json.dumps(line, ensure_ascii=False) + "\n"
+    return json.dumps(line) + "\n"
