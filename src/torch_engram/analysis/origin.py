@@ -44,10 +44,11 @@ def versions() -> str:
 def revision() -> str:
     """The library's version and, in a clone, its commit; ``-dirty`` where its sources differ from that."""
     sources = Path(__file__).parents[1]
-    try:
-        commit, changed = (
+    asked = ("ls-files", "--error-unmatch", __file__), ("rev-parse", "--short", "HEAD"), ("status", "--porcelain", ".")
+    try:  # the first fails where the package lies in a clone of something else
+        _, commit, changed = (
             subprocess.run(["git", "-C", str(sources), *what], capture_output=True, text=True, check=True).stdout
-            for what in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--", "."))
+            for what in asked
         )
     except (OSError, subprocess.CalledProcessError):
         return __version__

@@ -32,7 +32,7 @@ def people() -> list[Fact]:
 
 
 def capitals() -> list[Fact]:
-    """Of 165 countries, and states of the United States."""
+    """Of 167 countries and states of the United States; Georgia is both."""
     return [Fact(country, "capital", capital) for country, capital in _lines("capitals")]
 
 

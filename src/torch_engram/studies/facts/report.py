@@ -16,7 +16,7 @@ from torch_engram.studies.grid import Line
 CSV_FILE, TABLE, FIGURE = "facts.csv", "facts.md", "facts.svg"
 _BYTES = 4
 """Of a number that is trained."""
-_NAMES = {"untaught": "before", "memory": "memory", "lora": "LoRA", "full": "all weights"}
+_NAMES = {"untaught": "before", "memory": "memory", "lora": "LoRA", "full": "full"}
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ def _label(run: dict[str, Any], usual: dict[str, Any]) -> str:
 HEAD = "way", "seen", "taught", "held out", "capitals", "elements", "perpl.", "read", "trained", "s"
 """Columns of :func:`cells`."""
 CAPTION = (
-    "Per cent answered after so many exposures: in taught wordings and in held-out ones; capitals and elements; "
-    "perplexity of other text; MiB that a token reads and that were trained; seconds of teaching."
+    "Per cent answered after so many exposures: in taught wordings, seen or to come, and in held-out ones; capitals "
+    "and elements; perplexity of other documents of the kind that is rehearsed; MiB that a token reads and that were "
+    "trained; seconds of teaching, which runs that share a device stretch."
 )
 
 

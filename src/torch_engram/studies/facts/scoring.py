@@ -35,6 +35,14 @@ class Score:
     perplexity: float
 
 
+def known_facts() -> list[Fact]:
+    """Capitals and elements with one answer each, and none that an example gives away."""
+    facts = [*capitals(), *elements()]
+    subjects = Counter(fact.subject for fact in facts)
+    shown = " ".join(wording for wordings in KNOWN.values() for wording in wordings)
+    return [fact for fact in facts if subjects[fact.subject] == 1 and f" {fact.subject} is {fact.answer}." not in shown]
+
+
 class Exam:
     """The questions and the text, tokenised once.
 
@@ -46,7 +54,7 @@ class Exam:
     def __init__(self, facts: Sequence[Fact], tokenizer: Any, *, most: int | None, every: int, pieces: int):
         self._trained, self._most = Asked(facts, TRAINED, tokenizer), most
         self._held_out = Asked(facts, HELD_OUT, tokenizer)
-        self._known = Asked([*capitals(), *elements()][::every], KNOWN, tokenizer)
+        self._known = Asked(known_facts()[::every], KNOWN, tokenizer)
         self._other = windows(tokenizer, "validation", pieces, _PIECE)
 
     @torch.no_grad()

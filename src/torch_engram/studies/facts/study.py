@@ -30,7 +30,7 @@ class Scale:
     """People before them in an order that was drawn once: those that settings were chosen on."""
     batch: int
     pieces: int
-    """Of other text, that are rehearsed by turns."""
+    """Of other text, of which some are drawn at every step."""
     piece: int
     """Tokens of each."""
     memory: dict[str, Any]
@@ -117,9 +117,13 @@ def run_facts(run: FactsRun, device: str, watch: Watch = lambda step, loss: None
     rehearsal = Rehearsal(model, windows(tokenizer, "train", scale.pieces, scale.piece), run.seed)
     lessons = Lessons(Asked(facts, TRAINED, tokenizer), scale.batch, rehearsal, run.rehearsed, run.told_only, run.seed)
     taught = begin(run.way, model, tokenizer, scale.memory, run.rates)
-    for exposures, seconds in teach(taught, lessons, run.exposures, watch):
-        numbers = {"read": taught.read, "trained": taught.trained()}
-        yield {"exposures": exposures, "seconds": seconds, "numbers": numbers, **asdict(exam.score(taught.model))}
+    try:
+        for exposures, seconds in teach(taught, lessons, run.exposures, watch):
+            numbers = {"read": taught.read, "trained": taught.trained()}
+            yield {"exposures": exposures, "seconds": seconds, "numbers": numbers, **asdict(exam.score(taught.model))}
+    finally:
+        if taught.memory is not None:  # it and its model hold each other, and a device's memory with them
+            taught.memory.detach()
 
 
 @cache

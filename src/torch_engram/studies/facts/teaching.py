@@ -31,7 +31,7 @@ class Lessons:
     rehearsal: Rehearsal
     rehearsed: int
     told_only: bool
-    """Whether a memory is taught at names and answers alone."""
+    """Whether a memory is taught facts at names and answers alone; other text is rehearsed wherever it is read."""
     seed: int
 
     def rounds(self, count: int) -> Iterator[list[list[Asking]]]:

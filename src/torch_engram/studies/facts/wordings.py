@@ -1,8 +1,8 @@
 """How facts are asked for: the wordings that are trained, and those that are held out.
 
-A memory sees the last tokens before an answer. No held-out wording shares its last three with a trained one, so what
-is recalled there has come by the subject's name. What kind of word is wanted there is shown by two examples, as usual
-in few-shot evaluation: a pretrained model would rather begin a sentence.
+A memory sees the last tokens before an answer. No held-out wording shares its last three with a trained one, so the
+first token of what is recalled there has come by the subject's name. What kind of word is wanted there is shown by two
+examples, as usual in few-shot evaluation: a pretrained model would rather begin a sentence.
 """
 
 from __future__ import annotations
