@@ -174,6 +174,14 @@ def test_rows_outside_the_told_positions_get_no_gradient(model, tokenizer):
     assert taught.trained() > numbers
 
 
+def test_positions_are_as_many_as_the_tokens(model, tokenizer):
+    memory = begin("memory", model, tokenizer, MEMORY, Rates(1e-2, 1e-1)).memory
+    ids = torch.tensor(tokenizer(["abcdefgh"])["input_ids"])
+    with memory.only_at(torch.ones(1, 3, dtype=torch.bool)), pytest.raises(ValueError, match=r"\(1, 3\).*\(1, 8\)"):
+        model(ids)
+    model(ids)
+
+
 def test_other_text_costs_nothing_while_nothing_is_said_otherwise(model, tokenizer):
     rehearsal = Rehearsal(model, windows(tokenizer, "train", 4, 16), 0)
     assert rehearsal.loss(model, 3).item() == pytest.approx(0, abs=1e-6)

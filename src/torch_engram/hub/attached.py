@@ -97,6 +97,11 @@ class Attached(nn.Module):
 
         def keep(module: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             streams, embeddings = args
+            if positions.shape != embeddings.shape[:2]:
+                raise ValueError(
+                    f"only_at() was given positions of shape {tuple(positions.shape)}, and the tokens are of shape "
+                    f"{tuple(embeddings.shape[:2])}: give one for each token."
+                )
             return streams, embeddings * positions[..., None].to(embeddings)
 
         hooks = [engram.register_forward_pre_hook(keep) for engram in self.engrams.values()]
