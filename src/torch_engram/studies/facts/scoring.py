@@ -62,14 +62,14 @@ class Exam:
         """Takes it in eval mode, and leaves it as it was."""
         training = model.training
         model.eval()
-        asked = (self._trained, self._trained.all(self._most)), *((each, each.all()) for each in self._others())
-        trained, held_out, known = (_recall(model, questions, which) for questions, which in asked)
-        score = Score(trained, held_out, known, _perplexity(model, self._other))
+        score = Score(
+            _recall(model, self._trained, self._trained.all(self._most)),
+            _recall(model, self._held_out, self._held_out.all()),
+            _recall(model, self._known, self._known.all()),
+            _perplexity(model, self._other),
+        )
         model.train(training)
         return score
-
-    def _others(self) -> tuple[Asked, Asked]:
-        return self._held_out, self._known
 
 
 def answer_logits(model: nn.Module, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -47,7 +47,7 @@ class Scale:
 class FactsRun:
     """One way to teach, scored after several exposures."""
 
-    way: Way
+    way: Way | Literal["untaught"]
     scale: Scale
     rates: Rates
     exposures: tuple[int, ...] = ()

@@ -43,7 +43,6 @@ class Lessons:
 def teach(taught: Taught, lessons: Lessons, marks: tuple[int, ...], watch: Watch) -> Iterator[tuple[int, float]]:
     """Yields each exposure of ``marks`` with the seconds of teaching so far, once the facts were seen as often."""
     optimizer, step, seconds = taught.optimizer, 0, 0.0
-    assert optimizer is not None
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / _WARMUP))
     taught.model.train()
     for exposure, batches in enumerate(lessons.rounds(max(marks)), 1):

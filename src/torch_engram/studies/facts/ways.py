@@ -20,7 +20,7 @@ from torch_engram.hub import Attached, attach, config_for
 from torch_engram.hub.finetune import rows_trained
 from torch_engram.optim import RowAdam
 
-Way = Literal["untaught", "memory", "lora", "full"]
+Way = Literal["memory", "lora", "full"]
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Taught:
     """A model that is being taught, its optimiser, and the trained numbers that a token reads."""
 
     model: Any
-    optimizer: Optimizer | None
+    optimizer: Optimizer
     read: int
     memory: Attached | None = None
 
     def trained(self) -> int:
         """Trained numbers: rows count once they are no longer zero."""
         if self.memory is None:
-            return 0 if self.optimizer is None else _count(self.weights())
+            return _count(self.weights())
         width: int = self.memory.bank.config.row_dim  # type: ignore[assignment]
         return _count(self.memory.engrams.parameters()) + rows_trained(self.memory) * width
 
@@ -59,8 +59,6 @@ class Taught:
 def begin(way: Way, model: Any, tokenizer: Any, memory: dict[str, Any], rates: Rates) -> Taught:
     """A model as it is before the first step of ``way``. ``memory``: fields of its :class:`EngramConfig`, from which
     LoRA's rank follows."""
-    if way == "untaught":
-        return Taught(model, None, 0)
     if way == "full":
         model.requires_grad_(True)
         return Taught(model, _adamw(model, rates), _count(model.parameters()))
