@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import csv
 from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +17,19 @@ pytest.importorskip("peft")
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from torch_engram.data import IGNORE_INDEX
+from torch_engram.data import IGNORE_INDEX, open_corpus, split_of
+from torch_engram.stores import make_keys
 from torch_engram.studies.facts import study
-from torch_engram.studies.facts.other_text import Rehearsal, windows
+from torch_engram.studies.facts.other_text import (
+    ELSEWHERE,
+    REHEARSED,
+    VALIDATION_SHARE,
+    Rehearsal,
+    to_rehearse,
+    windows,
+)
 from torch_engram.studies.facts.prompts import Asked
-from torch_engram.studies.facts.report import rows_of, write_report
+from torch_engram.studies.facts.report import Row, by_seeds, cells, rows_of, where, write_report
 from torch_engram.studies.facts.scoring import Exam, known_facts
 from torch_engram.studies.facts.study import FULL, SMALL, FactsRun, facts_of, run_facts
 from torch_engram.studies.facts.teaching import Lessons, teach
@@ -54,12 +64,22 @@ def model(tokenizer) -> LlamaForCausalLM:
 @pytest.fixture
 def lessons(model, tokenizer) -> Lessons:
     facts = Asked(facts_of(TINY), TRAINED, tokenizer)
-    return Lessons(facts, 4, Rehearsal(model, windows(tokenizer, "train", 4, 16), 0), 0, True, 0)
+    rehearsal = Rehearsal(model, to_rehearse(tokenizer, 4, 16), 0)
+    return Lessons(facts, 4, rehearsal, rehearsed=0, weight=1.0, told_only=True, seed=0)
 
 
 def taught_for(taught, lessons, exposures) -> None:
     for _ in teach(taught, lessons, (exposures,), lambda step, loss: None):
         pass
+
+
+def stored(memory) -> torch.Tensor:
+    memory.bank.flush()
+    found = []
+    for table in memory.bank.tables:
+        source, keys = memory.bank.source(table), make_keys(table.space, torch.arange(table.rows))
+        found.append(source.format.decode(keys, source.store.fetch(keys))["value"].flatten())
+    return torch.cat(found)
 
 
 # -- what is asked ---------------------------------------------------------------------------------------------------
@@ -98,8 +118,7 @@ def test_prompts_know_the_subject_and_the_answer(tokenizer):
             text = wordings[fact.relation][wording].format(fact.subject) + " " + fact.answer
             assert tokenizer.decode(prompts.ids[0]) == text
             assert tokenizer.decode(prompts.ids[prompts.labels != IGNORE_INDEX]) == " " + fact.answer
-            told = tokenizer.decode(prompts.ids[prompts.told])
-            assert told == (fact.subject + " " + fact.answer)[text.startswith(fact.subject) :]
+            assert tokenizer.decode(prompts.ids[prompts.told]) == fact.subject[1:] + fact.answer
 
 
 def test_a_batch_is_its_prompts_padded(tokenizer):
@@ -122,9 +141,21 @@ def test_an_exposure_has_every_fact_once_and_wordings_take_turns(tokenizer):
 
 
 def test_pieces_of_other_text_come_from_documents_of_their_split(tokenizer):
-    train, validation = windows(tokenizer, "train", 6, 32), windows(tokenizer, "validation", 6, 32)
-    assert train.shape == validation.shape == (6, 32) and not torch.equal(train, validation)
-    assert torch.equal(train, windows(tokenizer, "train", 6, 32))
+    documents = open_corpus(Path(str(files("torch_engram.data"))) / "corpus" / "english-plays.txt.xz")
+    for split in ("train", "validation"):
+        texts = [text for text in documents if split_of(text, VALIDATION_SHARE) == split]
+        pieces = windows(tokenizer, "english-plays", 20, 64, split)
+        assert pieces.shape == (20, 64) and len({tuple(piece) for piece in pieces.tolist()}) == 20
+        assert all(any(tokenizer.decode(piece) in text for text in texts) for piece in pieces)
+        assert torch.equal(pieces, windows(tokenizer, "english-plays", 20, 64, split))
+
+
+def test_what_is_rehearsed_is_not_asked_and_the_other_way_round(tokenizer):
+    rehearsed = {tokenizer.decode(piece) for piece in to_rehearse(tokenizer, 8, 64)}
+    assert len(rehearsed) == 8 and not set(REHEARSED) & set(ELSEWHERE)
+    for name in ELSEWHERE:
+        documents = open_corpus(Path(str(files("torch_engram.data"))) / "corpus" / f"{name}.txt.xz")
+        assert not any(piece in text for piece in rehearsed for text in documents)
 
 
 # -- what is learned -------------------------------------------------------------------------------------------------
@@ -174,6 +205,25 @@ def test_rows_outside_the_told_positions_get_no_gradient(model, tokenizer):
     assert taught.trained() > numbers
 
 
+def test_other_text_teaches_a_memory_no_new_rows(model, tokenizer, lessons):
+    taught = begin("memory", model, tokenizer, MEMORY, Rates(1e-2, 1e-1))
+    taught_for(taught, lessons, 2)
+    known, rows = taught.trained(), stored(taught.memory)
+    ids = torch.tensor(tokenizer(["zzyzx " + facts_of(TINY)[0].subject])["input_ids"])
+    with torch.no_grad():
+        before = taught.model(ids).logits
+    with taught.rehearsing():
+        logits = taught.model(ids).logits
+        logits.pow(2).mean().backward()
+    assert torch.equal(logits, before)
+    taught.optimizer.step()
+    assert taught.trained() == known and not torch.equal(stored(taught.memory), rows)
+    taught.optimizer.zero_grad()
+    taught.model(ids).logits.pow(2).mean().backward()
+    taught.optimizer.step()
+    assert taught.trained() > known
+
+
 def test_positions_are_as_many_as_the_tokens(model, tokenizer):
     memory = begin("memory", model, tokenizer, MEMORY, Rates(1e-2, 1e-1)).memory
     ids = torch.tensor(tokenizer(["abcdefgh"])["input_ids"])
@@ -183,7 +233,7 @@ def test_positions_are_as_many_as_the_tokens(model, tokenizer):
 
 
 def test_other_text_costs_nothing_while_nothing_is_said_otherwise(model, tokenizer):
-    rehearsal = Rehearsal(model, windows(tokenizer, "train", 4, 16), 0)
+    rehearsal = Rehearsal(model, to_rehearse(tokenizer, 4, 16), 0)
     assert rehearsal.loss(model, 3).item() == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(50)
@@ -234,9 +284,21 @@ def test_a_study_from_its_runs_to_its_report(model, tokenizer, tmp_path, monkeyp
     assert all(row.read and row.trained and row.seconds for row in rows[1:])
     write_report(rows, tmp_path)
     with open(tmp_path / "facts.csv", newline="") as file:
-        assert [float(line["perplexity"]) for line in csv.DictReader(file)] == [row.perplexity for row in rows]
+        lines = list(csv.DictReader(file))
+    assert [float(line["elsewhere"]) for line in lines] == [row.elsewhere for row in rows]
+    assert all(line["device"] and line["versions"] and line["code"] and line["date"] for line in lines)
     assert "<svg" in (tmp_path / "facts.svg").read_text()
-    assert (tmp_path / "facts.md").read_text().count("| memory |") == 2
+    table = (tmp_path / "facts.md").read_text()
+    assert table.count("| memory |") == 2 and rows[0].device in table
+
+
+def test_seeds_are_lines_of_their_own_in_the_log_and_one_in_the_table():
+    row = Row("memory", 16, 0, 0.98, 0.9, 0.3, 0.5, 20.0, 40.0, 4 << 20, 8 << 20, 10.0, "cpu", "1", "a", "today")
+    rows = [row, replace(row, seed=1, recall=1.0, elsewhere=41.0, code="b"), replace(row, exposures=64)]
+    both, alone = map(cells, by_seeds(rows))
+    assert both[:4] == ("memory", "16", "99.0 ±1.0", "90.0 ±0.0") and both[7:] == ("40.50 ±0.50", "4.0", "8.0", "10")
+    assert alone[:4] == ("memory", "64", "98.0", "90.0")
+    assert where(rows) == "cpu; 1; a; today\ncpu; 1; b; today"
 
 
 def test_a_seed_repeats_bit_for_bit(model, tokenizer, monkeypatch):

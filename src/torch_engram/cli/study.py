@@ -42,7 +42,7 @@ def facts(
         if find_spec(name) is None:
             raise ValueError(f"The study needs the package {name}: pip install 'torch-engram[studies]'.")
     from torch_engram.bench.results import require_writable
-    from torch_engram.studies.facts.report import rows_of, write_report
+    from torch_engram.studies.facts.report import rows_of, where, write_report
     from torch_engram.studies.facts.study import full, run_facts, small
     from torch_engram.studies.grid import run_grid
     from torch_engram.train.build import require_device
@@ -62,6 +62,7 @@ def facts(
     rows = rows_of(run_grid(runs, do, out, device=device, workers=workers))
     console.print(_table(rows))
     write_report(rows, out)
+    console.print(where(rows), soft_wrap=True, highlight=False)
     console.print(f"Log, table and figure are in {out}.", soft_wrap=True)
 
 
@@ -81,11 +82,11 @@ def _watched(run: FactsRun, device: str) -> Iterator[dict[str, Any]]:
 def _table(rows: list[Row]) -> Table:
     from rich.table import Table
 
-    from torch_engram.studies.facts.report import CAPTION, HEAD, cells
+    from torch_engram.studies.facts.report import CAPTION, HEAD, by_seeds, cells
 
-    table = Table(box=None, caption=CAPTION, caption_justify="left")
+    table = Table(box=None, padding=(0, 1, 0, 0), caption=CAPTION, caption_justify="left")
     for place, name in enumerate(HEAD):
         table.add_column(name, justify="right" if place else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*cells(row))
+    for seeds in by_seeds(rows):
+        table.add_row(*cells(seeds))
     return table

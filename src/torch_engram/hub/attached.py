@@ -8,7 +8,7 @@ ends, what decoding has to remember goes with the cache. Nothing else of the mod
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -92,19 +92,40 @@ class Attached(nn.Module):
         """Within, rows are read, and taught, at ``positions`` alone, bool ``[B, T]``; all others are zero.
 
         A row that was never taught adds nothing. So what is taught at a name's tokens is found again whatever words
-        stand around it, and the phrases around it stay as they were.
+        stand around it, and the phrases around it stay as they were. A forward raises ``ValueError`` where there are
+        more or fewer positions than tokens.
         """
 
-        def keep(module: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            streams, embeddings = args
+        def keep(embeddings: Tensor) -> Tensor:
             if positions.shape != embeddings.shape[:2]:
                 raise ValueError(
                     f"only_at() was given positions of shape {tuple(positions.shape)}, and the tokens are of shape "
                     f"{tuple(embeddings.shape[:2])}: give one for each token."
                 )
-            return streams, embeddings * positions[..., None].to(embeddings)
+            return positions[..., None]
 
-        hooks = [engram.register_forward_pre_hook(keep) for engram in self.engrams.values()]
+        with self._reading_only(keep):
+            yield
+
+    @contextmanager
+    def only_taught(self) -> Iterator[None]:
+        """Within, rows that hold nothing yet are not taught either; what is read stays as it is.
+
+        For text that a memory shall leave alone: what was taught elsewhere learns to be silent here, and the text's own
+        rows stay empty.
+        """
+        with self._reading_only(lambda embeddings: embeddings != 0):
+            yield
+
+    @contextmanager
+    def _reading_only(self, kept: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Within, of rows ``[B, T, ...]`` that are read, what is not ``kept`` is zero and has no gradient."""
+
+        def mask(module: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            streams, embeddings = args
+            return streams, embeddings * kept(embeddings).to(embeddings)
+
+        hooks = [engram.register_forward_pre_hook(mask) for engram in self.engrams.values()]
         try:
             yield
         finally:

@@ -7,6 +7,7 @@ result; whoever is interrupted starts again, and the runs that had not ended beg
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import multiprocessing
 import os
@@ -16,6 +17,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from torch_engram.analysis.origin import ORIGIN, origin, revision
 from torch_engram.durable import alone_in, replacing
@@ -80,9 +83,13 @@ class _LoggedRun:
 
     def __call__(self, run: Any) -> None:
         count = 0
-        for result in self.do(run):
-            self._write({"run": _plain(run), "result": result, **self.where})
-            count += 1
+        try:
+            for result in self.do(run):
+                self._write({"run": _plain(run), "result": result, **self.where})
+                count += 1
+        finally:  # other processes want the device's memory
+            gc.collect()
+            torch.cuda.empty_cache()
         self._write({"run": _plain(run), "ended": count})
 
     def _write(self, line: Line) -> None:

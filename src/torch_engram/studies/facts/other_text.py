@@ -2,7 +2,7 @@
 
 Whatever is taught by a few hundred sentences moves all other text a little: tokens are shared. So a part of every step
 is spent on other text, where the loss is the divergence from what the untaught model said (distillation from itself,
-as in Learning without Forgetting, Li and Hoiem, arXiv:1606.09282). It gives no new text to learn: perplexity on the
+as in Learning without Forgetting, Li and Hoiem, arXiv:1606.09282). It gives no new text to learn: perplexity on
 held-out documents tells of damage, not of domains. All ways of teaching get the same.
 """
 
@@ -21,28 +21,34 @@ from torch_engram.data import open_corpus, split_of
 from torch_engram.data.corpora import Split
 from torch_engram.studies.facts.forwards import hidden_states, mixed, output_of
 
-SOURCES = "english-sotu", "english-plays", "english-python-manual"
-"""Of the shipped corpus; no WordNet, where the people are."""
+REHEARSED = "english-sotu", "english-python-manual"
+ELSEWHERE = "english-plays", "code-python"
+"""Kinds of text in the shipped corpus; no WordNet, where the people are. What happens to the second pair tells whether
+rehearsal mends more than what it rehearses."""
 VALIDATION_SHARE = 0.05
 _CHARACTERS = 8
 """Of a token at most, by far: what is cut out of a document before it is tokenised."""
 
 
-def windows(tokenizer: Any, split: Split, count: int, length: int) -> Tensor:
-    """``count`` pieces of ``length`` tokens, as many of each source, ``[count, length]``; int64. Each begins at a
-    random place of a random document, the same in every call."""
+def windows(tokenizer: Any, source: str, count: int, length: int, split: Split | None = None) -> Tensor:
+    """``count`` pieces of ``length`` tokens of one source, ``[count, length]``; int64. Each begins at a random place of
+    a random document, of a ``split`` or of all, the same in every call."""
+    path = Path(str(files("torch_engram.data"))) / "corpus" / f"{source}.txt.xz"
+    texts = [text for text in open_corpus(path) if split in (None, split_of(text, VALIDATION_SHARE))]
+    texts = [text for text in texts if len(text) > 2 * _CHARACTERS * length]
     draw, found = random.Random(0), list[list[int]]()
-    for number, name in enumerate(SOURCES):
-        path = Path(str(files("torch_engram.data"))) / "corpus" / f"{name}.txt.xz"
-        texts = [text for text in open_corpus(path) if split_of(text, VALIDATION_SHARE) == split]
-        texts = [text for text in texts if len(text) > 2 * _CHARACTERS * length]
-        while len(found) * len(SOURCES) < count * (number + 1):
-            text = draw.choices(texts, [len(each) for each in texts])[0]
-            begin = draw.randrange(len(text) - _CHARACTERS * length)
-            tokens = tokenizer(text[begin : begin + _CHARACTERS * length])["input_ids"]
-            if len(tokens) >= length:
-                found.append(tokens[:length])
-    return torch.tensor(found[:count])
+    while len(found) < count:
+        text = draw.choices(texts, [len(each) for each in texts])[0]
+        begin = draw.randrange(len(text) - _CHARACTERS * length)
+        tokens = tokenizer(text[begin : begin + _CHARACTERS * length])["input_ids"]
+        if len(tokens) >= length:
+            found.append(tokens[:length])
+    return torch.tensor(found)
+
+
+def to_rehearse(tokenizer: Any, count: int, length: int) -> Tensor:
+    """``count`` pieces of training documents, as many of each source, ``[count, length]``."""
+    return torch.cat([windows(tokenizer, name, count // len(REHEARSED), length, "train") for name in REHEARSED])
 
 
 class Rehearsal:

@@ -27,8 +27,8 @@ class Prompts:
     labels: Tensor
     """The answers; ``IGNORE_INDEX`` elsewhere."""
     told: Tensor
-    """True for the tokens of the subject and of the answer, but never for a text's first token: attention rests there,
-    whatever the text is about."""
+    """True for the tokens of the subject and of the answer but the first one of each. That one's n-grams begin in the
+    wording, and at a text's first token attention rests, whatever the text is about."""
 
     def to(self, device: torch.device) -> Prompts:
         """A copy there."""
@@ -83,13 +83,13 @@ class Asked:
             ids[row, :end] = torch.tensor(question + answer)
             mask[row, :end] = 1
             labels[row, begin:end] = ids[row, begin:end]
-            told[row, self._subjects[number]] = True
-            told[row, begin:end] = True
-        told[:, 0] = False
+            first, last = self._subjects[number]
+            told[row, first + 1 : last] = True
+            told[row, begin + 1 : end] = True
         return Prompts(ids, mask, labels, told)
 
 
-def _tokens_of(begin: int, end: int, offsets: Sequence[tuple[int, int]]) -> slice:
-    """The tokens that hold characters ``begin`` to ``end``."""
+def _tokens_of(begin: int, end: int, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Which tokens hold characters ``begin`` to ``end``: the first one, and the one after the last."""
     inside = [place for place, (first, last) in enumerate(offsets) if last > begin and first < end]
-    return slice(inside[0], inside[-1] + 1)
+    return inside[0], inside[-1] + 1

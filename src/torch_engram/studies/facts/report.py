@@ -1,9 +1,10 @@
-"""The study's results: a row for each run and exposure, as a table, as CSV, and the three ways as a figure."""
+"""The study's results: a row for each run and exposure as CSV, seeds together as a table, and the ways as a figure."""
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from torch_engram.durable import replacing
+from torch_engram.studies.facts.other_text import ELSEWHERE, REHEARSED
 from torch_engram.studies.grid import Line
 
 CSV_FILE, TABLE, FIGURE = "facts.csv", "facts.md", "facts.svg"
@@ -21,22 +23,31 @@ _NAMES = {"untaught": "before", "memory": "memory", "lora": "LoRA", "full": "ful
 
 @dataclass(frozen=True)
 class Row:
-    """Shares of questions answered, and what it took. Of the untaught model, nothing was taken."""
+    """What a run answered after so many exposures, in shares of the questions, what it took, and where it was run. Of
+    the untaught model, nothing was taken."""
 
     way: str
     exposures: int
+    seed: int
     recall: float
     """In trained wordings."""
     paraphrase: float
     """In held-out ones."""
     capitals: float
     elements: float
-    perplexity: float
+    rehearsed: float
+    """Perplexity of other documents of the kinds that are rehearsed."""
+    elsewhere: float
+    """Perplexity of kinds of text that are not."""
     read: int
     """Trained bytes that a token reads."""
     trained: int
     """Bytes that teaching changed."""
     seconds: float
+    device: str
+    versions: str
+    code: str
+    date: str
 
 
 def rows_of(lines: Sequence[Line]) -> list[Row]:
@@ -47,10 +58,14 @@ def rows_of(lines: Sequence[Line]) -> list[Row]:
 
 def _row(line: Line, label: str) -> Row:
     result, numbers = line["result"], line["result"].get("numbers", {"read": 0, "trained": 0})
+    rehearsed, elsewhere = (
+        math.exp(fmean(result["other_text"][name] for name in names)) for names in (REHEARSED, ELSEWHERE)
+    )
     return Row(
-        label, result["exposures"], fmean(result["trained"].values()), fmean(result["held_out"].values()),
-        result["known"]["capital"], result["known"]["symbol"], result["perplexity"],
+        label, result["exposures"], line["run"]["seed"], fmean(result["trained"].values()),
+        fmean(result["held_out"].values()), result["known"]["capital"], result["known"]["symbol"], rehearsed, elsewhere,
         _BYTES * numbers["read"], _BYTES * numbers["trained"], result.get("seconds", 0.0),
+        line["device"], line["versions"], line["code"], line["date"],
     )  # fmt: skip
 
 
@@ -66,27 +81,51 @@ def _label(run: dict[str, Any], usual: dict[str, Any]) -> str:
     return ", ".join([_NAMES[run["way"]], *apart])
 
 
-HEAD = "way", "seen", "taught", "held out", "capitals", "elements", "perpl.", "read", "trained", "s"
+HEAD = "way", "seen", "taught", "held out", "capitals", "elements", "near", "far", "read", "trained", "s"
 """Columns of :func:`cells`."""
 CAPTION = (
     "Per cent answered after so many exposures: in taught wordings, seen or to come, and in held-out ones; capitals "
-    "and elements; perplexity of other documents of the kind that is rehearsed; MiB that a token reads and that were "
-    "trained; seconds of teaching, which runs that share a device stretch."
+    "and elements. Perplexity near, of other documents of the kinds that are rehearsed, and far, of kinds that are "
+    "not. MiB that a token reads and that were trained. Seconds of teaching, which runs that share a device stretch. "
+    "Of several seeds the mean, and half of what lies between the least and the most."
 )
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """A row for people."""
-    shares = (f"{100 * share:.1f}" for share in (row.recall, row.paraphrase, row.capitals, row.elements))
-    sizes = (f"{size / 2**20:.1f}" if size else "-" for size in (row.read, row.trained))
-    seconds = f"{row.seconds:.0f}" if row.seconds else "-"
-    return row.way, str(row.exposures), *shares, f"{row.perplexity:.2f}", *sizes, seconds
+def by_seeds(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that differ in their seed alone, together."""
+    found: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.way, row.exposures), []).append(row)
+    return list(found.values())
+
+
+def cells(seeds: Sequence[Row]) -> tuple[str, ...]:
+    """A line of the table, for people, of rows that differ in their seed alone."""
+    shares, texts = ("recall", "paraphrase", "capitals", "elements"), ("rehearsed", "elsewhere")
+    first, seconds = seeds[0], fmean(row.seconds for row in seeds)
+    return (
+        first.way, str(first.exposures),
+        *(_spread([100 * getattr(row, share) for row in seeds], 1) for share in shares),
+        *(_spread([getattr(row, text) for row in seeds], 2) for text in texts),
+        *(f"{size / 2**20:.1f}" if size else "-" for size in (first.read, first.trained)),
+        f"{seconds:.0f}" if seconds else "-",
+    )  # fmt: skip
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    mean = f"{fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ±{(max(values) - min(values)) / 2:.{digits}f}"
+
+
+def where(rows: Sequence[Row]) -> str:
+    """Which machines and which code the rows come from, a line for each."""
+    return "\n".join(dict.fromkeys(f"{row.device}; {row.versions}; {row.code}; {row.date}" for row in rows))
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table."""
-    lines = [HEAD, ("---", *("---:" for _ in HEAD[1:])), *map(cells, rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{CAPTION}\n"
+    lines = [HEAD, ("---", *("---:" for _ in HEAD[1:])), *map(cells, by_seeds(rows))]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{CAPTION}\n\n{where(rows)}\n"
 
 
 def write_report(rows: Sequence[Row], out: Path) -> None:
@@ -115,16 +154,15 @@ def draw(rows: Sequence[Row]) -> str:
         "Trained wordings, % right": lambda row: 100 * row.recall,
         "Held-out wordings, % right": lambda row: 100 * row.paraphrase,
         "Capitals and elements, points": lambda row: 50 * (row.capitals + row.elements - known),
-        "Perplexity of other text, %": lambda row: 100 * (row.perplexity / before.perplexity - 1),
+        "Perplexity elsewhere, %": lambda row: 100 * (row.elsewhere / before.elsewhere - 1),
     }
+    marks = sorted({row.exposures for row in rows if row.exposures})
     with pyplot.rc_context({"svg.hashsalt": "facts", "font.size": 9, "svg.fonttype": "none"}):
         figure, axes = pyplot.subplots(1, len(panels), figsize=(11, 2.8), layout="constrained")
         for axis, (title, value) in zip(axes, panels.items(), strict=True):
-            for way in list(_NAMES.values())[1:]:
-                seen = [row for row in rows if row.way == way]
-                axis.plot([row.exposures for row in seen], list(map(value, seen)), marker="o", markersize=3, label=way)
+            for number, way in enumerate(list(_NAMES.values())[1:]):
+                _lines(axis, way, f"C{number}", rows, value)
             axis.set(title=title, xlabel="times seen", xscale="log")
-            marks = sorted({row.exposures for row in rows if row.exposures})
             axis.set_xticks(marks, [str(mark) for mark in marks], minor=False)
             axis.minorticks_off()
             axis.spines[["top", "right"]].set_visible(False)
@@ -133,3 +171,13 @@ def draw(rows: Sequence[Row]) -> str:
         figure.savefig(drawn, format="svg", metadata={"Date": None})
         pyplot.close(figure)
     return drawn.getvalue()
+
+
+def _lines(axis: Any, way: str, colour: str, rows: Sequence[Row], value: Callable[[Row], float]) -> None:
+    """A way over exposures, with what lies between its seeds; thin, the same at other rates."""
+    for label in dict.fromkeys(row.way for row in rows if row.way == way or row.way.startswith(f"{way}, rate")):
+        groups = [list(map(value, group)) for group in by_seeds(rows) if group[0].way == label]
+        seen = [group[0].exposures for group in by_seeds(rows) if group[0].way == label]
+        spread = [[fmean(group) - min(group) for group in groups], [max(group) - fmean(group) for group in groups]]
+        look: dict[str, Any] = dict(label=way, marker="o") if label == way else dict(linewidth=0.8, alpha=0.45)
+        axis.errorbar(seen, list(map(fmean, groups)), spread, color=colour, markersize=3, capsize=2, **look)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from torch_engram.data import IGNORE_INDEX
 from torch_engram.data.facts import Fact, capitals, elements
 from torch_engram.studies.facts.forwards import hidden_states, mixed, output_of
-from torch_engram.studies.facts.other_text import windows
+from torch_engram.studies.facts.other_text import ELSEWHERE, REHEARSED, windows
 from torch_engram.studies.facts.prompts import Asked, Asking, Prompts
 from torch_engram.studies.facts.wordings import HELD_OUT, KNOWN, TRAINED
 
@@ -27,12 +26,13 @@ _PIECE = 256
 
 @dataclass(frozen=True)
 class Score:
-    """Shares of questions that were answered, by relation, and the perplexity of other text."""
+    """Shares of questions that were answered, by relation, and other text."""
 
     trained: dict[str, float]
     held_out: dict[str, float]
     known: dict[str, float]
-    perplexity: float
+    other_text: dict[str, float]
+    """Nats a token, by source."""
 
 
 def known_facts() -> list[Fact]:
@@ -48,14 +48,15 @@ class Exam:
 
     An answer is right where every token of it is the likeliest one after those before it, which is what greedy
     decoding gives. ``most``: trained wordings in which each fact is asked for. ``every``: of how many capitals and
-    elements one is asked for. ``pieces``: of other text.
+    elements one is asked for. ``pieces``: of each source of other text, in documents that are not rehearsed.
     """
 
     def __init__(self, facts: Sequence[Fact], tokenizer: Any, *, most: int | None, every: int, pieces: int):
         self._trained, self._most = Asked(facts, TRAINED, tokenizer), most
         self._held_out = Asked(facts, HELD_OUT, tokenizer)
         self._known = Asked(known_facts()[::every], KNOWN, tokenizer)
-        self._other = windows(tokenizer, "validation", pieces, _PIECE)
+        self._other = {name: windows(tokenizer, name, pieces, _PIECE, "validation") for name in REHEARSED}
+        self._other |= {name: windows(tokenizer, name, pieces, _PIECE) for name in ELSEWHERE}
 
     @torch.no_grad()
     def score(self, model: nn.Module) -> Score:
@@ -66,7 +67,7 @@ class Exam:
             _recall(model, self._trained, self._trained.all(self._most)),
             _recall(model, self._held_out, self._held_out.all()),
             _recall(model, self._known, self._known.all()),
-            _perplexity(model, self._other),
+            {name: _nats(model, pieces) for name, pieces in self._other.items()},
         )
         model.train(training)
         return score
@@ -94,11 +95,12 @@ def _recall(model: nn.Module, asked: Asked, which: Sequence[Asking]) -> dict[str
     return {relation: right[relation] / count for relation, count in all_asked.items()}
 
 
-def _perplexity(model: nn.Module, pieces: Tensor) -> float:
+def _nats(model: nn.Module, pieces: Tensor) -> float:
+    """A token, of pieces ``[N, T]``."""
     device, nats = output_of(model).weight.device, 0.0
     for part in pieces.split(8):
         ids = part.to(device)
         with mixed(device):
             logits = output_of(model)(hidden_states(model, ids)[:, :-1])
         nats += F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-    return math.exp(nats / pieces[:, 1:].numel())
+    return nats / pieces[:, 1:].numel()

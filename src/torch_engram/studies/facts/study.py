@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from torch_engram.data.facts import Fact, people
-from torch_engram.studies.facts.other_text import Rehearsal, windows
+from torch_engram.studies.facts.other_text import Rehearsal, to_rehearse
 from torch_engram.studies.facts.prompts import Asked
 from torch_engram.studies.facts.scoring import Exam
 from torch_engram.studies.facts.teaching import Lessons, Watch, teach
@@ -33,14 +33,16 @@ class Scale:
     """Of other text, of which some are drawn at every step."""
     piece: int
     """Tokens of each."""
+    weight: float
+    """Of other text's loss, over that of answers; both are of a token in the mean."""
     memory: dict[str, Any]
     """Fields of the memory's configuration; LoRA's rank follows from them."""
     asked: int | None = None
     """Trained wordings in which a fact is asked for; None for all."""
     known: int = 1
     """Of so many capitals and elements one is asked for."""
-    scored: int = 64
-    """Pieces of other text on which perplexity is measured."""
+    scored: int = 32
+    """Pieces of each source of other text on which perplexity is measured."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,11 @@ class FactsRun:
 
 _BLOCKS = tuple(range(4, 16))
 SMALL = Scale(
-    people=6, skipped=400, batch=6, pieces=16, piece=64, asked=2, known=4, scored=6,
+    people=6, skipped=400, batch=6, pieces=16, piece=64, weight=7, asked=2, known=4, scored=2,
     memory={"layers": _BLOCKS, "rows_per_head": 5_000, "heads": 4, "row_dim": 64, "conv_kernel": 0},
 )  # fmt: skip
 FULL = Scale(
-    people=400, skipped=400, batch=64, pieces=1024, piece=128,
+    people=400, skipped=400, batch=64, pieces=4096, piece=128, weight=7,
     memory={"layers": _BLOCKS, "rows_per_head": 100_000, "heads": 4, "row_dim": 64, "conv_kernel": 0},
 )  # fmt: skip
 
@@ -79,18 +81,19 @@ def small() -> list[FactsRun]:
 
 
 def full() -> list[FactsRun]:
-    """Hundreds of people, for a GPU: the three ways, the baselines at other rates, and what each part is worth."""
+    """Hundreds of people, for a GPU: the three ways, with other seeds and other rates, and what each part is worth."""
     best = _ways(FULL, (1, 4, 16, 64), 8)
-    memory, lora, weights = (replace(run, exposures=run.exposures[:3]) for run in best[1:])
-    others = [replace(lora, rates=Rates(rate)) for rate in (5e-4, 2e-3)]
+    memory, lora, weights = shorter = [replace(run, exposures=run.exposures[:3]) for run in best[1:]]
+    others = [replace(run, seed=seed) for seed in (1, 2) for run in shorter]
+    others += [replace(lora, rates=Rates(rate)) for rate in (5e-4, 2e-3)]
     others += [replace(weights, rates=Rates(rate)) for rate in (5e-5, 2e-4)]
     others += [replace(memory, told_only=False)]
-    others += [replace(run, rehearsed=0) for run in (memory, lora, weights)]
+    others += [replace(run, rehearsed=0) for run in shorter]
     return best + others
 
 
 def _ways(scale: Scale, exposures: tuple[int, ...], rehearsed: int) -> list[FactsRun]:
-    rates: dict[Way, Rates] = {"memory": Rates(1e-3, rows=0.1), "lora": Rates(1e-3), "full": Rates(1e-4)}
+    rates: dict[Way, Rates] = {"memory": Rates(1e-3, rows=0.05), "lora": Rates(1e-3), "full": Rates(1e-4)}
     return [FactsRun("untaught", scale, Rates(0.0))] + [
         FactsRun(way, scale, rate, exposures, rehearsed) for way, rate in rates.items()
     ]
@@ -114,8 +117,10 @@ def run_facts(run: FactsRun, device: str, watch: Watch = lambda step, loss: None
     if run.way == "untaught":
         yield {"exposures": 0, **asdict(exam.score(model))}
         return
-    rehearsal = Rehearsal(model, windows(tokenizer, "train", scale.pieces, scale.piece), run.seed)
-    lessons = Lessons(Asked(facts, TRAINED, tokenizer), scale.batch, rehearsal, run.rehearsed, run.told_only, run.seed)
+    rehearsal = Rehearsal(model, to_rehearse(tokenizer, scale.pieces, scale.piece), run.seed)
+    lessons = Lessons(
+        Asked(facts, TRAINED, tokenizer), scale.batch, rehearsal, run.rehearsed, scale.weight, run.told_only, run.seed
+    )
     taught = begin(run.way, model, tokenizer, scale.memory, run.rates)
     try:
         for exposures, seconds in teach(taught, lessons, run.exposures, watch):

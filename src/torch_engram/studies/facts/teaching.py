@@ -30,8 +30,10 @@ class Lessons:
     batch: int
     rehearsal: Rehearsal
     rehearsed: int
+    weight: float
+    """Of the loss of other text, over that of answers; both are of a token in the mean."""
     told_only: bool
-    """Whether a memory is taught facts at names and answers alone; other text is rehearsed wherever it is read."""
+    """Whether a memory is taught facts at names and answers alone. Other text teaches it no new rows."""
     seed: int
 
     def rounds(self, count: int) -> Iterator[list[list[Asking]]]:
@@ -70,7 +72,7 @@ def _backward(taught: Taught, lessons: Lessons, batch: list[Asking]) -> float:
     loss = F.cross_entropy(logits.float(), ids)
     loss.backward()
     if lessons.rehearsed:
-        with mixed(device):
+        with taught.rehearsing(), mixed(device):
             divergence = lessons.rehearsal.loss(taught.model, lessons.rehearsed)
-        divergence.backward()
+        (lessons.weight * divergence).backward()
     return loss.item()

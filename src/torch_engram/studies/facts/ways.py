@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,9 +51,13 @@ class Taught:
         """Whose gradients are clipped."""
         return [weight for weight in self.model.parameters() if weight.requires_grad]
 
-    def at(self, positions: Tensor) -> Any:
-        """A context in which a memory is taught at ``positions`` ``[B, T]`` alone."""
+    def at(self, positions: Tensor) -> AbstractContextManager[None]:
+        """Within, a memory is taught at ``positions`` ``[B, T]`` alone."""
         return nullcontext() if self.memory is None else self.memory.only_at(positions)
+
+    def rehearsing(self) -> AbstractContextManager[None]:
+        """Within, a memory is taught nothing new."""
+        return nullcontext() if self.memory is None else self.memory.only_taught()
 
 
 def begin(way: Way, model: Any, tokenizer: Any, memory: dict[str, Any], rates: Rates) -> Taught:
