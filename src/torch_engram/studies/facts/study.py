@@ -66,11 +66,11 @@ class FactsRun:
 
 _BLOCKS = tuple(range(4, 16))
 SMALL = Scale(
-    people=6, skipped=400, batch=6, pieces=16, piece=64, weight=7, asked=2, known=4, scored=2,
+    people=6, skipped=400, batch=6, pieces=16, piece=64, weight=4, asked=2, known=4, scored=2,
     memory={"layers": _BLOCKS, "rows_per_head": 5_000, "heads": 4, "row_dim": 64, "conv_kernel": 0},
 )  # fmt: skip
 FULL = Scale(
-    people=400, skipped=400, batch=64, pieces=4096, piece=128, weight=7,
+    people=400, skipped=400, batch=64, pieces=4096, piece=128, weight=14,
     memory={"layers": _BLOCKS, "rows_per_head": 100_000, "heads": 4, "row_dim": 64, "conv_kernel": 0},
 )  # fmt: skip
 
@@ -82,7 +82,7 @@ def small() -> list[FactsRun]:
 
 def full() -> list[FactsRun]:
     """Hundreds of people, for a GPU: the three ways, with other seeds and other rates, and what each part is worth."""
-    best = _ways(FULL, (1, 4, 16, 64), 8)
+    best = _ways(FULL, (1, 4, 16, 64), 16)
     memory, lora, weights = shorter = [replace(run, exposures=run.exposures[:3]) for run in best[1:]]
     others = [replace(run, seed=seed) for seed in (1, 2) for run in shorter]
     others += [replace(lora, rates=Rates(rate)) for rate in (5e-4, 2e-3)]

@@ -16,7 +16,8 @@ from torch_engram.studies.facts.scoring import answer_logits
 from torch_engram.studies.facts.ways import Taught
 
 _WARMUP = 20
-"""Steps until the rates are reached; they stay there, so that one run can be scored at every exposure."""
+"""Steps, but no more than an eighth of all, until the rates are reached; they stay there, so that one run can be scored
+at every exposure."""
 _CLIP = 1.0
 Watch = Callable[[int, float], None]
 """Is told steps and losses."""
@@ -36,6 +37,10 @@ class Lessons:
     """Whether a memory is taught facts at names and answers alone. Other text teaches it no new rows."""
     seed: int
 
+    def steps(self, count: int) -> int:
+        """Of the optimiser, in ``count`` exposures."""
+        return count * -(-len(self.facts.facts) // self.batch)
+
     def rounds(self, count: int) -> Iterator[list[list[Asking]]]:
         """The batches of each of ``count`` exposures."""
         for asked in self.facts.exposures(count, self.seed):
@@ -45,7 +50,8 @@ class Lessons:
 def teach(taught: Taught, lessons: Lessons, marks: tuple[int, ...], watch: Watch) -> Iterator[tuple[int, float]]:
     """Yields each exposure of ``marks`` with the seconds of teaching so far, once the facts were seen as often."""
     optimizer, step, seconds = taught.optimizer, 0, 0.0
-    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / _WARMUP))
+    slow = max(1, min(_WARMUP, lessons.steps(max(marks)) // 8))
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / slow))
     taught.model.train()
     for exposure, batches in enumerate(lessons.rounds(max(marks)), 1):
         begun = time.perf_counter()
