@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,6 +44,40 @@ def rows_of(memory: Attached) -> list[Tensor]:
         memory.bank.source(table).store.fetch(make_keys(table.space, torch.arange(table.rows)))
         for table in memory.bank.tables
     ]
+
+
+def test_a_forward_without_a_backward_keeps_no_memory_alive() -> None:
+    model, memory = make()
+    ref = weakref.ref(memory.bank)
+    model.train()
+    model(batches()[0, 0]).logits  # noqa: B018
+    memory.detach()
+    del memory
+    gc.collect()
+    assert ref() is None
+
+
+def test_a_steps_rows_go_without_the_garbage_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, memory = make()
+    optimizer, prefetch, asked = memory.optimizer(lr=1e-2), memory.bank.prefetch, []
+
+    def watched(*tokens: Any) -> Any:
+        found = prefetch(*tokens)
+        asked.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(memory.bank, "prefetch", watched)
+    model.train()
+    gc.disable()
+    try:
+        for step in batches(3):
+            for tokens in step:
+                model(tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert [ref() is None for ref in asked] == [True] * 5 + [False]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("options", [{}, {"placement": "host"}, {"codec": "bf16"}])

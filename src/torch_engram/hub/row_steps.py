@@ -101,17 +101,19 @@ class Backward:
     def read(self, tokens: Tokens) -> Memory:
         """The memory of the forward's tokens, whose gradients become those of rows."""
         rows = self._read = self._bank.prefetch(tokens)
-        listened: set[int] = set()
 
         def wait(layer: int) -> Mapping[str, Tensor]:
-            found = rows[0].wait(layer)
-            if layer not in listened and found:
-                listened.add(layer)
-                (leaf,) = found.values()
-                leaf.register_post_accumulate_grad_hook(self._after)
-            return found
+            return {name: self._heard(leaf) for name, leaf in rows[0].wait(layer).items()}
 
         return Memory(wait)  # type: ignore[arg-type]
+
+    def _heard(self, leaf: Tensor) -> Tensor:
+        """The same numbers, whose gradient is told of. The graph alone owns that hook: on the leaf, which the working
+        set has, it would keep both alive for as long as no backward comes."""
+        with torch.enable_grad():
+            seen = leaf.view_as(leaf)
+        seen.register_hook(self._after)
+        return seen
 
     def begins_at(self, output: Any) -> None:
         """Where ranks meet, each takes part whatever it has read: from the gradient of the decoder's output on."""
@@ -120,8 +122,8 @@ class Backward:
             if hidden.requires_grad:
                 hidden.register_hook(lambda _: self._begins())
 
-    def _after(self, leaf: Tensor) -> None:
-        """A layer's gradient has come."""
+    def _after(self, grad: Tensor) -> None:
+        """A layer's gradient comes."""
         if self.peers is not None and self.peers.group is None:
             raise ValueError(
                 f"Rank {dist.get_rank()} of {dist.get_world_size()} trains memory {self._bank.name!r} by itself, so "
