@@ -23,19 +23,22 @@ def record(
     reference: float | None = None,
     ratio: float | None = None,
     device: str = "cpu",
+    seen: tuple[str, str, str, str] | None = None,
 ) -> None:
     """Append a row whose value is the median of ``samples``. ``reference``, ``ratio``: what it was measured against in
-    the same run."""
+    the same run. ``seen``: device, versions, commit and date of samples out of a log; else they are of here and now."""
     measured = Measurement(case, samples, unit, reference, ratio)
     path = RESULTS / f"{claim}.csv"
     path.parent.mkdir(exist_ok=True)
     new = not path.exists()
-    name, versions, date = origin(device)
+    if seen is None:
+        name, versions, date = origin(device)
+        seen = name, versions, commit(), date
     with open(path, "a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if new:
             writer.writerow(HEADER)
-        writer.writerow([claim, *measured.cells(), name, versions, commit(), date])
+        writer.writerow([claim, *measured.cells(), *seen])
     p20, p50, p80 = measured.quantiles
     print(f"{claim} {case}: {p50:.6g} {unit} (p20 {p20:.6g}, p80 {p80:.6g}, n {len(samples)})", flush=True)
 

@@ -86,7 +86,7 @@ def _table(rows: list[Row]) -> Table:
 
     table = Table(box=None, padding=(0, 1, 0, 0), caption=CAPTION, caption_justify="left")
     for place, name in enumerate(HEAD):
-        table.add_column(name, justify="right" if place else "left", no_wrap=True)
+        table.add_column(name, justify="right" if place else "left")
     for seeds in by_seeds(rows):
         table.add_row(*cells(seeds))
     return table

@@ -51,9 +51,11 @@ class Row:
 
 
 def rows_of(lines: Sequence[Line]) -> list[Row]:
-    """In the log's order."""
-    first: dict[str, Any] = {line["run"]["way"]: line["run"] for line in reversed(lines)}
-    return [_row(line, _label(line["run"], first[line["run"]["way"]])) for line in lines]
+    """In the log's order. A way's own name is that of its run that goes furthest, or of the first of these."""
+    usual: dict[str, Any] = {}
+    for run in sorted((line["run"] for line in lines), key=lambda run: -len(run["exposures"])):
+        usual.setdefault(run["way"], run)
+    return [_row(line, _label(line["run"], usual[line["run"]["way"]])) for line in lines]
 
 
 def _row(line: Line, label: str) -> Row:
@@ -70,7 +72,7 @@ def _row(line: Line, label: str) -> Row:
 
 
 def _label(run: dict[str, Any], usual: dict[str, Any]) -> str:
-    """A way's name, and what sets a run apart from the first one of that way."""
+    """A way's name, and what sets a run apart from that way's usual one."""
     apart = []
     if run["rates"] != usual["rates"]:
         apart.append(f"rate {run['rates']['weights']:g}")
