@@ -15,6 +15,7 @@ start. That is of the same row ids: each hashes by its own code, and engram-peft
 - peft-sparse: `get_engram_model()` and `create_optimizer()` as by default: SparseAdam. Its batches bring the hashes of
   its data collator, as if by worker processes that cost nothing, already on the GPU.
 - peft-bf16: the same with `engram_dtype="bfloat16"`. peft-dense: with `use_sparse_embeddings=False` and Adam.
+- free: no memory, but the backward that one takes, for a vector: what nothing can be faster than.
 - peft-unhooked: peft-sparse without the hook by which it hashes every batch on the CPU again, though the hashes are
   there. It has no setting for that, so this is no setting of its own, and does not count as its fastest.
 
@@ -44,7 +45,7 @@ from attached.backbone import backbone
 from attached.fairness import require_same
 from attached.peft_package import load
 from attached.text import tokens_of_corpus
-from attached.training import Ours, Peft, Setting, Way
+from attached.training import Free, Ours, Peft, Setting, Way
 from record import record
 from table_training_gpu import out_of_memory
 from torch import Tensor
@@ -53,9 +54,11 @@ from torch_engram.bench.timing import median
 from torch_engram.optim import RowwiseAdam
 
 GIB = 2**30
-OURS, UNHOOKED = "ours", "peft-unhooked"
+OURS, ROWWISE, FREE, UNHOOKED = "ours", "ours-rowwise", "free", "peft-unhooked"
 LAYERS, MODULE_RATE, RATES, HELD_OUT = (1, 2), 1e-3, (1e-3, 3e-3, 1e-2, 3e-2), 8
 """``HELD_OUT``: batches."""
+COMPARED = ROWWISE, FREE, UNHOOKED
+"""Beside the claim's two."""
 
 Build = Callable[..., Way]
 Note = Callable[..., None]
@@ -66,11 +69,12 @@ def ways(package: Any) -> dict[str, Build]:
     peft = partial(Peft, package)
     return {
         OURS: Ours,
-        "ours-rowwise": partial(Ours, kind=RowwiseAdam),
+        ROWWISE: partial(Ours, kind=RowwiseAdam),
         "peft-sparse": peft,
         "peft-bf16": partial(peft, dtype="bfloat16"),
         "peft-dense": partial(peft, sparse=False),
         UNHOOKED: partial(peft, hashes=False),
+        FREE: Free,
     }
 
 
@@ -165,7 +169,7 @@ def speeds(
     rates = {name: [0.0 if one is None else one[0] for one in found] for name, found in taken.items()}
     fastest = {
         whose: max((name for name in rates if of(name)), key=lambda name: median(rates[name]))
-        for whose, of in (("ours", _default), ("peft", _counts), ("unhooked", lambda name: name.startswith(UNHOOKED)))
+        for whose, of in (("ours", _default), ("peft", _counts), *((name, _named(name)) for name in COMPARED))
     }
     own = rates[fastest["ours"]]
     for name, found in taken.items():
@@ -174,15 +178,21 @@ def speeds(
         note(f"{case}-speed", rates[name], f"tokens/s{missing}", reference=reference,
              ratio=median(rates[name]) / reference)  # fmt: skip
         note(f"{case}-peak", [math.inf if one is None else one[1] for one in found], f"GiB{missing}")
-    for whose in ("peft", "unhooked"):
-        pairs = zip(own, rates[fastest[whose]], strict=True)
-        print(f"fastest of {whose}: {fastest[whose]}, of ours: {fastest['ours']}", flush=True)
-        note(f"ours-over-{whose}-{label}", [a / b if b else math.inf for a, b in pairs], "times", reference=1.0)
+    for whose, over in (("ours", "peft"), ("ours", UNHOOKED), (ROWWISE, "peft"), (FREE, "peft")):
+        pairs = zip(rates[fastest[whose]], rates[fastest[over]], strict=True)
+        print(f"fastest of {whose}: {fastest[whose]}, of {over}: {fastest[over]}", flush=True)
+        case = f"{whose}-over-{over.removeprefix('peft-')}-{label}"
+        note(case, [a / b if b else math.inf for a, b in pairs], "times", reference=1.0)
 
 
 def _default(name: str) -> bool:
     """Ours, with the row optimiser that ``attach`` takes."""
-    return name in (f"{OURS}-plain", f"{OURS}-compiled")
+    return _named(OURS)(name)
+
+
+def _named(way: str) -> Callable[[str], bool]:
+    """In either mode."""
+    return lambda name: name in (f"{way}-plain", f"{way}-compiled")
 
 
 def _counts(name: str) -> bool:
@@ -203,8 +213,8 @@ def learned(build: Build, setting: Setting, held_out: Tensor, **rates: float | N
 
 
 def losses(builds: Mapping[str, Build], setting: Setting, held_out: Tensor, label: str, note: Note) -> None:
-    """What the default ways have learned, at their default rates and at those of the grid."""
-    for name in (OURS, "peft-sparse"):
+    """What some ways have learned, at their default rates and at those of the grid."""
+    for name in (OURS, ROWWISE, "peft-sparse"):
         note(f"{name}-{label}-loss-default", [learned(builds[name], setting, held_out)], "nats a token")
         by_rate = {rate: learned(builds[name], setting, held_out, lr=MODULE_RATE, row_lr=rate) for rate in RATES}
         for rate, loss in by_rate.items():

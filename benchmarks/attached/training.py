@@ -101,6 +101,33 @@ class Ours:
         self._model.eval()
 
 
+class Free:
+    """What a memory that costs nothing would take: the same backward, through all blocks above the first that has one,
+    for a vector that is added there."""
+
+    def __init__(self, setting: Setting):
+        self._model, self._batches = setting.backbone.model, setting.batches
+        self._vector = torch.zeros(self._model.config.hidden_size, device=setting.device, requires_grad=True)
+        block = self._model.model.layers[min(setting.layers)]
+        self._hook = block.register_forward_pre_hook(lambda _, args: (args[0] + self._vector, *args[1:]))
+        self.optimizer = torch.optim.SGD([self._vector], lr=1e-4)
+
+    def loss(self, number: int) -> Tensor:
+        """See :class:`Way`."""
+        ids = self._batches[number % len(self._batches)]
+        found: Tensor = self._model(input_ids=ids, labels=ids).loss
+        return found
+
+    def train(self, on: bool) -> None:
+        """See :class:`Way`."""
+        self._model.train(on)
+
+    def remove(self) -> None:
+        """See :class:`Way`."""
+        self._hook.remove()
+        self._model.eval()
+
+
 class Peft:
     """``get_engram_model()`` and ``create_optimizer()`` of engram-peft, with batches of its own data collator.
 
