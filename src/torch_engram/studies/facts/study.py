@@ -66,7 +66,7 @@ class FactsRun:
 
 _BLOCKS = tuple(range(4, 16))
 SMALL = Scale(
-    people=6, skipped=400, batch=6, pieces=16, piece=64, weight=4, asked=2, known=4, scored=2,
+    people=6, skipped=800, batch=6, pieces=16, piece=64, weight=4, asked=2, known=4, scored=2,
     memory={"layers": _BLOCKS, "rows_per_head": 5_000, "heads": 4, "row_dim": 64, "conv_kernel": 0},
 )  # fmt: skip
 FULL = Scale(
@@ -76,13 +76,13 @@ FULL = Scale(
 
 
 def small() -> list[FactsRun]:
-    """A few people, for a CPU."""
-    return _ways(SMALL, (4, 16), 1)
+    """A few people, for a CPU. In so few steps a memory's modules want a higher rate."""
+    return _ways(SMALL, Rates(3e-3, rows=0.05), (4, 16), 1)
 
 
 def full() -> list[FactsRun]:
     """Hundreds of people, for a GPU: the three ways, with other seeds and other rates, and what each part is worth."""
-    best = _ways(FULL, (1, 4, 16, 64), 16)
+    best = _ways(FULL, Rates(1e-3, rows=0.05), (1, 4, 16, 64), 16)
     memory, lora, weights = shorter = [replace(run, exposures=run.exposures[:3]) for run in best[1:]]
     others = [replace(run, seed=seed) for seed in (1, 2) for run in shorter]
     others += [replace(lora, rates=Rates(rate)) for rate in (5e-4, 2e-3)]
@@ -92,8 +92,8 @@ def full() -> list[FactsRun]:
     return best + others
 
 
-def _ways(scale: Scale, exposures: tuple[int, ...], rehearsed: int) -> list[FactsRun]:
-    rates: dict[Way, Rates] = {"memory": Rates(1e-3, rows=0.05), "lora": Rates(1e-3), "full": Rates(1e-4)}
+def _ways(scale: Scale, memory: Rates, exposures: tuple[int, ...], rehearsed: int) -> list[FactsRun]:
+    rates: dict[Way, Rates] = {"memory": memory, "lora": Rates(1e-3), "full": Rates(1e-4)}
     return [FactsRun("untaught", scale, Rates(0.0))] + [
         FactsRun(way, scale, rate, exposures, rehearsed) for way, rate in rates.items()
     ]
