@@ -15,7 +15,7 @@ start. That is of the same row ids: each hashes by its own code, and engram-peft
 - peft-sparse: `get_engram_model()` and `create_optimizer()` as by default: SparseAdam. Its batches bring the hashes of
   its data collator, as if by worker processes that cost nothing, already on the GPU.
 - peft-bf16: the same with `engram_dtype="bfloat16"`. peft-dense: with `use_sparse_embeddings=False` and Adam.
-- free: no memory, but the backward that one takes, for a vector: what nothing can be faster than.
+- free: no memory, but the backward that one takes, for a vector: nothing that trains at these blocks can be faster.
 - peft-unhooked: peft-sparse without the hook by which it hashes every batch on the CPU again, though the hashes are
   there. It has no setting for that, so this is no setting of its own, and does not count as its fastest.
 
@@ -58,7 +58,7 @@ OURS, ROWWISE, FREE, UNHOOKED = "ours", "ours-rowwise", "free", "peft-unhooked"
 LAYERS, MODULE_RATE, RATES, HELD_OUT = (1, 2), 1e-3, (1e-3, 3e-3, 1e-2, 3e-2), 8
 """``HELD_OUT``: batches."""
 COMPARED = ROWWISE, FREE, UNHOOKED
-"""Beside the claim's two."""
+"""Ways that are also told against others: with other rows' state, with no memory, and without their second hashing."""
 
 Build = Callable[..., Way]
 Note = Callable[..., None]
@@ -166,28 +166,26 @@ def speeds(
                 if None not in found:
                     with blocks.compiled(mode == "compiled"):
                         found.append(take(builds[name], setting, asked))
+    for found in taken.values():  # what ran out of memory once was not asked again
+        found += [None] * (asked.turns - len(found))
     rates = {name: [0.0 if one is None else one[0] for one in found] for name, found in taken.items()}
+    asked_of = {OURS: _named(OURS), "peft": _counts, **{name: _named(name) for name in COMPARED}}
     fastest = {
-        whose: max((name for name in rates if of(name)), key=lambda name: median(rates[name]))
-        for whose, of in (("ours", _default), ("peft", _counts), *((name, _named(name)) for name in COMPARED))
+        whose: max((name for name in rates if is_of(name)), key=lambda name: median(rates[name]))
+        for whose, is_of in asked_of.items()
     }
-    own = rates[fastest["ours"]]
+    own = rates[fastest[OURS]]
     for name, found in taken.items():
         missing = " (out of memory)" if None in found else ""
         case, reference = f"{name}-{label}", median(own)
         note(f"{case}-speed", rates[name], f"tokens/s{missing}", reference=reference,
              ratio=median(rates[name]) / reference)  # fmt: skip
         note(f"{case}-peak", [math.inf if one is None else one[1] for one in found], f"GiB{missing}")
-    for whose, over in (("ours", "peft"), ("ours", UNHOOKED), (ROWWISE, "peft"), (FREE, "peft")):
+    for whose, over in ((OURS, "peft"), (OURS, UNHOOKED), (ROWWISE, "peft"), (FREE, "peft")):
         pairs = zip(rates[fastest[whose]], rates[fastest[over]], strict=True)
         print(f"fastest of {whose}: {fastest[whose]}, of {over}: {fastest[over]}", flush=True)
         case = f"{whose}-over-{over.removeprefix('peft-')}-{label}"
         note(case, [a / b if b else math.inf for a, b in pairs], "times", reference=1.0)
-
-
-def _default(name: str) -> bool:
-    """Ours, with the row optimiser that ``attach`` takes."""
-    return _named(OURS)(name)
 
 
 def _named(way: str) -> Callable[[str], bool]:

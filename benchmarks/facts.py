@@ -17,7 +17,8 @@ from pathlib import Path
 from record import record
 
 from torch_engram.studies.facts.report import Row, by_seeds, rows_of
-from torch_engram.studies.grid import read_log
+from torch_engram.studies.facts.study import full
+from torch_engram.studies.grid import results
 
 LOG = Path(__file__).parents[1] / "docs" / "results" / "facts"
 MEASURES: dict[tuple[str, str, str], Callable[[Row, Row], float]] = {
@@ -36,18 +37,24 @@ def case_of(row: Row) -> str:
     return f"{row.way.lower().replace(',', '').replace(' ', '-')}-{row.exposures}"
 
 
+def origin_of(seeds: list[Row]) -> tuple[str, str, str, str]:
+    """Device, versions, commit and date, which an ``assert`` wants to be one for all."""
+    (found,) = {(row.device, row.versions, row.code.split()[-1], row.date) for row in seeds}
+    return found
+
+
 def main(arguments: list[str] | None = None) -> None:
+    """Record what the log has of every run that rehearses and tells as the study's usual ones do."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--log", type=Path, default=LOG, help="a folder of the study's")
-    rows = rows_of([line for line in read_log(parser.parse_args(arguments).log) if "result" in line])
-    before = next(row for row in rows if row.way == "before")
-    taught = [row for row in rows if row.exposures and ("other text" not in row.way and "every token" not in row.way)]
+    log = parser.parse_args(arguments).log
+    usual = [run for run in full() if run.way == "untaught" or (run.rehearsed and run.told_only)]
+    before, *taught = rows_of(results(usual, log))
+    assert before.way == "before", f"{log} has no untaught model"
     for seeds in by_seeds(taught):
-        first = seeds[0]
-        seen = first.device, first.versions, first.code.split()[-1], first.date
         for (claim, ending, unit), value in MEASURES.items():
             samples = [value(row, before) for row in seeds]
-            record(claim, case_of(first) + ending, samples, unit, seen=seen)
+            record(claim, case_of(seeds[0]) + ending, samples, unit, seen=origin_of(seeds))
 
 
 if __name__ == "__main__":

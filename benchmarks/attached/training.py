@@ -71,18 +71,11 @@ class Way(Protocol):
         ...
 
 
-class Ours:
-    """``attach()`` and ``memory.optimizer()``. Rates of its modules and its rows; None is a default."""
+class _OnItself:
+    """A way by which the model is called as it always is."""
 
-    def __init__(
-        self, setting: Setting, kind: Callable[..., RowOptimizer] = RowAdam, *, lr: float | None = None,
-        row_lr: float | None = None,
-    ):  # fmt: skip
-        model, tokenizer = setting.backbone.model, setting.backbone.tokenizer
-        rows = kind if row_lr is None else partial(kind, lr=row_lr)
-        self._model, self._batches = model, setting.batches
-        self.memory = attach(model, tokenizer, setting.config(), optimizer=rows)
-        self.optimizer = self.memory.optimizer() if lr is None else self.memory.optimizer(lr=lr)
+    def __init__(self, setting: Setting):
+        self._model, self._batches = setting.backbone.model, setting.batches
 
     def loss(self, number: int) -> Tensor:
         """See :class:`Way`."""
@@ -93,6 +86,19 @@ class Ours:
     def train(self, on: bool) -> None:
         """See :class:`Way`."""
         self._model.train(on)
+
+
+class Ours(_OnItself):
+    """``attach()`` and ``memory.optimizer()``. Rates of its modules and its rows; None is a default."""
+
+    def __init__(
+        self, setting: Setting, kind: Callable[..., RowOptimizer] = RowAdam, *, lr: float | None = None,
+        row_lr: float | None = None,
+    ):  # fmt: skip
+        super().__init__(setting)
+        rows = kind if row_lr is None else partial(kind, lr=row_lr)
+        self.memory = attach(self._model, setting.backbone.tokenizer, setting.config(), optimizer=rows)
+        self.optimizer = self.memory.optimizer() if lr is None else self.memory.optimizer(lr=lr)
 
     def remove(self) -> None:
         """See :class:`Way`."""
@@ -101,26 +107,16 @@ class Ours:
         self._model.eval()
 
 
-class Free:
+class Free(_OnItself):
     """What a memory that costs nothing would take: the same backward, through all blocks above the first that has one,
     for a vector that is added there."""
 
     def __init__(self, setting: Setting):
-        self._model, self._batches = setting.backbone.model, setting.batches
+        super().__init__(setting)
         self._vector = torch.zeros(self._model.config.hidden_size, device=setting.device, requires_grad=True)
         block = self._model.model.layers[min(setting.layers)]
         self._hook = block.register_forward_pre_hook(lambda _, args: (args[0] + self._vector, *args[1:]))
         self.optimizer = torch.optim.SGD([self._vector], lr=1e-4)
-
-    def loss(self, number: int) -> Tensor:
-        """See :class:`Way`."""
-        ids = self._batches[number % len(self._batches)]
-        found: Tensor = self._model(input_ids=ids, labels=ids).loss
-        return found
-
-    def train(self, on: bool) -> None:
-        """See :class:`Way`."""
-        self._model.train(on)
 
     def remove(self) -> None:
         """See :class:`Way`."""

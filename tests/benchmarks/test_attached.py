@@ -43,6 +43,20 @@ def test_the_overhead_is_told_of_every_batch(base: Any, monkeypatch: pytest.Monk
     assert "random weights" in told["weights"][1]
 
 
+def test_a_free_memory_is_the_model_and_its_backward(base: Any) -> None:
+    ids = torch.randint(3, 500, (1, 2, 16))
+    with torch.no_grad():
+        before = base.model(input_ids=ids[0], labels=ids[0]).loss
+    way = training.Free(training.Setting(base, 3200, 8, (1, 2), ids))
+    loss = way.loss(0)
+    loss.backward()
+    assert torch.equal(loss, before) and way._vector.grad.abs().min() > 0
+    way.optimizer.step()
+    assert not torch.equal(way.loss(0), before)
+    way.remove()
+    assert torch.equal(way.loss(0), before)
+
+
 def test_a_way_learns_and_leaves_nothing(base: Any) -> None:
     ids = torch.randint(3, 500, (1, 2, 2, 16)).expand(4, -1, -1, -1).reshape(8, 2, 16)
     setting = training.Setting(base, 3200, 8, (1, 2), ids)

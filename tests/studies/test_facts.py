@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import csv
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -99,8 +100,9 @@ def test_nobody_is_asked_for_who_is_an_example_or_whom_settings_were_chosen_on()
     for scale in (SMALL, FULL):
         facts = facts_of(scale)
         assert len(facts) == 3 * scale.people and not {fact.subject for fact in facts} & set(EXAMPLES)
-    chosen_on = facts_of(replace(FULL, skipped=0, people=FULL.skipped))
-    assert not {fact.subject for fact in chosen_on} & {fact.subject for fact in facts_of(FULL)}
+    chosen_on = {fact.subject for fact in facts_of(replace(FULL, skipped=0, people=FULL.skipped))}
+    for scale in (SMALL, FULL):
+        assert not chosen_on & {fact.subject for fact in facts_of(scale)}
 
 
 def test_what_was_known_is_asked_once_and_never_given_away():
@@ -240,13 +242,22 @@ def test_other_text_costs_nothing_while_nothing_is_said_otherwise(model, tokeniz
     assert rehearsal.loss(model, 3).item() > 1e-4
 
 
-def test_rehearsed_text_is_kept_better(model, tokenizer, lessons):
+def test_rehearsed_text_is_kept_better_the_more_it_weighs(model, tokenizer, lessons):
     kept = []
-    for pieces in (0, 2):
+    for pieces, weight in ((0, 1.0), (2, 1.0), (2, 10.0)):
         taught = begin("full", copy.deepcopy(model), tokenizer, MEMORY, Rates(1e-3))
-        taught_for(taught, replace(lessons, rehearsed=pieces), 20)
+        taught_for(taught, replace(lessons, rehearsed=pieces, weight=weight), 20)
         kept.append(lessons.rehearsal.loss(taught.model, 50).item())
-    assert kept[1] < kept[0] / 2
+    assert kept[1] < kept[0] / 2 and kept[2] < kept[1] / 1.5
+
+
+def test_rehearsing_teaches_a_memory_no_new_rows(model, tokenizer, lessons):
+    rows = []
+    for pieces in (0, 2):
+        taught = begin("memory", copy.deepcopy(model), tokenizer, MEMORY, Rates(1e-2, 1e-1))
+        taught_for(taught, replace(lessons, rehearsed=pieces), 4)
+        rows.append(stored(taught.memory))
+    assert torch.equal(rows[0] != 0, rows[1] != 0) and not torch.equal(*rows)
 
 
 def test_a_token_reads_as_much_of_lora_as_of_the_memory(model, tokenizer):
@@ -290,6 +301,26 @@ def test_a_study_from_its_runs_to_its_report(model, tokenizer, tmp_path, monkeyp
     assert "<svg" in (tmp_path / "facts.svg").read_text()
     table = (tmp_path / "facts.md").read_text()
     assert table.count("| memory |") == 2 and rows[0].device in table
+
+
+def line(way: str, seed: int = 0, exposures: tuple[int, ...] = (1,), **fields) -> dict:
+    run = FactsRun(way, TINY, Rates(**{"weights": 1e-3, **fields.pop("rates", {})}), exposures, 2, seed=seed, **fields)
+    result = {"exposures": exposures[-1], "trained": {"born": 0.5}, "held_out": {"born": 0.25}}
+    result |= {"known": {"capital": 0.5, "symbol": 0.5}, "other_text": dict.fromkeys((*REHEARSED, *ELSEWHERE), 1.0)}
+    where = {"device": "cpu", "versions": "1", "code": "a", "date": "today"}
+    return {"run": json.loads(json.dumps(asdict(run))), "result": result, **where}
+
+
+def test_runs_that_differ_in_more_than_their_seed_are_told_apart():
+    rows = rows_of([
+        line("memory", seed=1), line("memory", exposures=(1, 4)), line("memory", seed=2, exposures=(4,)),
+        line("memory", rates={"rows": 0.3}), line("memory", told_only=False), line("lora", rates={"weights": 3e-3}),
+        line("lora", exposures=(1, 4)),
+    ])  # fmt: skip
+    assert [(group[0].way, group[0].exposures, len(group)) for group in by_seeds(rows)] == [
+        ("memory", 1, 1), ("memory", 4, 2), ("memory, rows' rate 0.3", 1, 1),
+        ("memory, taught at every token", 1, 1), ("LoRA, rate 0.003", 1, 1), ("LoRA", 4, 1),
+    ]  # fmt: skip
 
 
 def test_seeds_are_lines_of_their_own_in_the_log_and_one_in_the_table():

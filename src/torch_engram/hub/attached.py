@@ -92,8 +92,9 @@ class Attached(nn.Module):
         """Within, rows are read, and taught, at ``positions`` alone, bool ``[B, T]``; all others are zero.
 
         A row that was never taught adds nothing. So what is taught at a name's tokens is found again whatever words
-        stand around it, and the phrases around it stay as they were. A forward raises ``ValueError`` where there are
-        more or fewer positions than tokens.
+        stand around it, and the phrases around it stay as they were. Rows elsewhere count as read, with a gradient of
+        zero: by an optimiser with momentum, those that were taught before still move. A forward raises ``ValueError``
+        where there are more or fewer positions than tokens.
         """
 
         def keep(embeddings: Tensor) -> Tensor:
@@ -109,10 +110,10 @@ class Attached(nn.Module):
 
     @contextmanager
     def only_taught(self) -> Iterator[None]:
-        """Within, rows that hold nothing yet are not taught either; what is read stays as it is.
+        """Within, numbers of rows that are still zero have no gradient; what is read stays as it is.
 
-        For text that a memory shall leave alone: what was taught elsewhere learns to be silent here, and the text's own
-        rows stay empty.
+        For text that a memory shall leave alone: what was taught elsewhere, and the memory's modules, learn to be
+        silent here, and the text's own rows stay empty.
         """
         with self._reading_only(lambda embeddings: embeddings != 0):
             yield

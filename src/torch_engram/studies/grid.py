@@ -51,8 +51,16 @@ def run_grid(runs: Sequence[Any], do: Do, out: Path, *, device: str, workers: in
         failed = _run_here(missing, one) if workers == 1 else _run_beside(missing, one, workers)
         if failed:
             raise failed[0]
-        known = _ended(read_log(out))
-    return [line for run in runs for line in known[_key(_plain(run))] if "result" in line]
+    return results(runs, out)
+
+
+def results(runs: Sequence[Any], out: Path) -> list[Line]:
+    """The lines that a folder's log has of the results of ``runs``, in their order; none of a run that has not ended.
+
+    Raises ``ValueError`` as :func:`read_log` does.
+    """
+    known = _ended(read_log(out))
+    return [line for run in runs for line in known.get(_key(_plain(run)), []) if "result" in line]
 
 
 def read_log(out: Path) -> list[Line]:

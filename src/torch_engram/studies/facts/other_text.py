@@ -47,8 +47,9 @@ def windows(tokenizer: Any, source: str, count: int, length: int, split: Split |
 
 
 def to_rehearse(tokenizer: Any, count: int, length: int) -> Tensor:
-    """``count`` pieces of training documents, as many of each source, ``[count, length]``."""
-    return torch.cat([windows(tokenizer, name, count // len(REHEARSED), length, "train") for name in REHEARSED])
+    """``count`` pieces of training documents, as many of each source or one less, ``[count, length]``."""
+    each = -(-count // len(REHEARSED))
+    return torch.cat([windows(tokenizer, name, each, length, "train") for name in REHEARSED])[:count]
 
 
 class Rehearsal:

@@ -27,8 +27,8 @@ class Prompts:
     labels: Tensor
     """The answers; ``IGNORE_INDEX`` elsewhere."""
     told: Tensor
-    """True for the tokens of the subject and of the answer but the first one of each. That one's n-grams begin in the
-    wording, and at a text's first token attention rests, whatever the text is about."""
+    """True for the tokens of the subject and of the answer but the first one of each, all of whose n-grams begin in the
+    wording. At a text's first token, attention rests, whatever the text is about."""
 
     def to(self, device: torch.device) -> Prompts:
         """A copy there."""

@@ -74,10 +74,12 @@ def _row(line: Line, label: str) -> Row:
 def _label(run: dict[str, Any], usual: dict[str, Any]) -> str:
     """A way's name, and what sets a run apart from that way's usual one."""
     apart = []
-    if run["rates"] != usual["rates"]:
+    if run["rates"]["weights"] != usual["rates"]["weights"]:
         apart.append(f"rate {run['rates']['weights']:g}")
+    if run["rates"]["rows"] != usual["rates"]["rows"]:
+        apart.append(f"rows' rate {run['rates']['rows']:g}")
     if run["rehearsed"] != usual["rehearsed"]:
-        apart.append("no other text")
+        apart.append(f"{run['rehearsed']} pieces" if run["rehearsed"] else "no other text")
     if run["told_only"] != usual["told_only"]:
         apart.append("taught at every token")
     return ", ".join([_NAMES[run["way"]], *apart])
@@ -179,7 +181,7 @@ def _lines(axis: Any, way: str, colour: str, rows: Sequence[Row], value: Callabl
     """A way over exposures, with what lies between its seeds; thin, the same at other rates."""
     for label in dict.fromkeys(row.way for row in rows if row.way == way or row.way.startswith(f"{way}, rate")):
         groups = [list(map(value, group)) for group in by_seeds(rows) if group[0].way == label]
-        seen = [group[0].exposures for group in by_seeds(rows) if group[0].way == label]
+        seen = [row.exposures for row, *_ in by_seeds(rows) if row.way == label]
         spread = [[fmean(group) - min(group) for group in groups], [max(group) - fmean(group) for group in groups]]
         look: dict[str, Any] = dict(label=way, marker="o") if label == way else dict(linewidth=0.8, alpha=0.45)
         axis.errorbar(seen, list(map(fmean, groups)), spread, color=colour, markersize=3, capsize=2, **look)

@@ -56,7 +56,7 @@ class Taught:
         return nullcontext() if self.memory is None else self.memory.only_at(positions)
 
     def rehearsing(self) -> AbstractContextManager[None]:
-        """Within, a memory is taught nothing new."""
+        """Within, a memory is taught no new rows; those that it has, and its modules, learn."""
         return nullcontext() if self.memory is None else self.memory.only_taught()
 
 
