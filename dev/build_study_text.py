@@ -1,4 +1,4 @@
-"""Make the text that the studies train on, some 350 MB: English documentation, prose and dictionaries, and code.
+"""Make the text that the studies train on, some 370 MB: English documentation, prose and dictionaries, and code.
 
     python dev/build_study_text.py WORK_DIR study.txt.xz
 
@@ -7,8 +7,9 @@ Packages are fetched and unpacked into WORK_DIR, where what is already there is 
 redistribute, and security updates move it a little, as with `build_natural_text.py`.
 
 Documents that nearly repeat an earlier one are left out: of two whose sets of five-word pieces have a Jaccard
-similarity of some 0.7 or more the one whose sha256 is less stays. So no document of one split is told again in the
-other. One xz file of UTF-8 text in which a line holding only a form feed separates the documents, by sha256.
+similarity of some 0.7 or more the one whose sha256 is less stays: splits by document are then splits by content, but
+for passages that documents share. One xz file of UTF-8 text in which a line holding only a form feed separates the
+documents, by sha256.
 """
 
 import argparse
