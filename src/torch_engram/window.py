@@ -97,19 +97,27 @@ class Window:
         self._forgot |= self._end - self._first + added > most
         chunks = tuple(chunk.detach()[:, max(0, added - most) :] for chunk in chunks)
         self._make_room(chunks, chunks[0].shape[1])
+        self._grow(chunks[0].shape[1])
         for tensor, chunk in zip(self._room, chunks, strict=True):
             tensor[:, self._end - chunk.shape[1] : self._end] = chunk
 
-    def advance(self) -> tuple[Tensor, ...]:
-        """Move on by one position, of a window that is not empty: the tensors' last ``len(self)`` positions and the new
-        one, which is the caller's to fill, as views ``[B, len(self) + 1, ...]`` that hold until the next change."""
-        seen = len(self) + 1
-        self._forgot |= self._end - self._first >= self.keep + self.drafts
+    def beyond(self) -> tuple[Tensor, ...]:
+        """Of a window that is not empty, the tensors' last ``len(self)`` positions and one that is yet to come, which
+        the caller may fill before :meth:`advance`, as views ``[B, len(self) + 1, ...]`` that hold until the next
+        change."""
+        seen = len(self)
         self._make_room(self._room, 1)
-        return tuple(tensor[:, self._end - seen : self._end] for tensor in self._room)
+        return tuple(tensor[:, self._end - seen : self._end + 1] for tensor in self._room)
+
+    def advance(self) -> tuple[Tensor, ...]:
+        """Move on by one position: what :meth:`beyond` gives, whose last is the caller's to fill if it has not."""
+        views = self.beyond()
+        self._forgot |= self._end - self._first >= self.keep + self.drafts
+        self._grow(1)
+        return views
 
     def _make_room(self, like: tuple[Tensor, ...], added: int) -> None:
-        """Let the last ``added`` positions be new ones, in tensors as those ``like`` them."""
+        """Let ``added`` positions fit behind those held, in tensors as those ``like`` them."""
         assert not self._room or len(like[0]) == len(self._room[0]), "a window holds the same sequences until select()"
         first, end = self._first, self._end
         if not self._room or end + added > self._room[0].shape[1] or not _can_write(self._room[0]):
@@ -117,9 +125,12 @@ class Window:
             self._room = tuple(each.new_empty(len(each), end - first + added + _ROOM, *each.shape[2:]) for each in like)
             for tensor, before in zip(self._room, held, strict=False):
                 tensor[:, : end - first] = before
-            first, end = 0, end - first
-        self._end = end + added
-        self._first = max(first, self._end - self.keep - self.drafts)
+            self._first, self._end = 0, end - first
+
+    def _grow(self, added: int) -> None:
+        """Hold ``added`` positions more, and let go of what is too old."""
+        self._end += added
+        self._first = max(self._first, self._end - self.keep - self.drafts)
 
     def select(self, sequences: Tensor) -> None:
         """See :class:`DecodeState`."""

@@ -100,6 +100,11 @@ def test_ids_outside_the_map_are_refused_and_leave_the_history_alone(scheme: str
     with pytest.raises(ValueError, match=f"Token id {token} is outside this memory's vocabulary of 40 ids"):
         addressing._lookup_at_once(tokens, history, None, torch.ones_like(tokens) == 0, False)
     assert len(history) == 0
+    addressing._lookup_at_once(torch.tensor([[1, 2]], device=DEVICE), history, None, None, False)
+    before = [held.clone() for held in history.last()]
+    with pytest.raises(ValueError, match=f"Token id {token} is outside this memory's vocabulary of 40 ids"):
+        addressing._lookup_at_once(tokens[:, 2:3], history, None, None, False)  # a step of decoding
+    assert all(torch.equal(*pair) for pair in zip(before, history.last(), strict=True))
 
 
 def test_only_asked_positions_are_checked_and_given_rows() -> None:
@@ -113,6 +118,20 @@ def test_only_asked_positions_are_checked_and_given_rows() -> None:
     assert mixes.shape == (2, 2, 5, 2) and rows.shape == (2, 2, 5, 16) and not stranger.item()
     for index, layer in enumerate(LAYERS):
         assert torch.equal(rows[index], addressing.rows(addressing.windows(tokens)[:, 4:], layer)[1])
+
+
+@settings(max_examples=25)
+@given(batches(), st.integers(1, 4))
+def test_steps_of_sequences_that_go_on_equal_the_whole(batch: Batch, prompt: int) -> None:
+    addressing, tokens, start, live = batch
+    history, found = addressing.new_history(drafts=1), []
+    cuts = [(0, prompt), *((at, at + 1) for at in range(prompt, tokens.shape[1]))]
+    for first, last in cuts:
+        chunk, marks, alive = (None if given is None else given[:, first:last] for given in (tokens, start, live))
+        assert chunk is not None
+        found.append(addressing._lookup_at_once(chunk, history, marks, alive, False)(LAYERS[1])[1])
+    windows = addressing.windows(tokens, doc_start=start, live=live)
+    assert torch.equal(torch.cat(found, 1), addressing.rows(windows, LAYERS[1])[1])
 
 
 def test_masks_are_checked_as_they_are_without_the_kernel() -> None:

@@ -84,8 +84,10 @@ def address_triton(
     if batch * length:
         tile = triton.next_power_of_2(columns)
         per_program = max(1, _ROW_IDS // tile)
+        if not _side_by_side(tokens, start, dead):
+            tokens, start, dead = tokens.contiguous(), start.contiguous(), dead.contiguous()
         _address[triton.cdiv(batch * length, per_program), layers](
-            tokens.contiguous(), start.contiguous().view(torch.uint8), dead.contiguous().view(torch.uint8),
+            tokens, start.view(torch.uint8), dead.view(torch.uint8), tokens.stride(0),
             hashes.canonical, hashes.multipliers, hashes.primes, hashes.offsets, hashes.ages,
             mixes, rows, stranger.view(torch.uint8),
             batch * length, length, context, hashes.raw_size, hashes.pad, columns,
@@ -94,9 +96,14 @@ def address_triton(
     return mixes, rows
 
 
-@triton.jit
+def _side_by_side(*given: Tensor) -> bool:
+    """Whether positions lie side by side, and all sequences as far from each other."""
+    return all(tensor.stride() == (given[0].stride(0), 1) for tensor in given)
+
+
+@triton.jit(do_not_specialize=("stride",))
 def _address(
-    tokens, start, dead, canonical, multipliers, primes, offsets, ages, mixes, rows, stranger,
+    tokens, start, dead, stride, canonical, multipliers, primes, offsets, ages, mixes, rows, stranger,
     positions, length, context, raw_size, pad, columns,
     ORDERS: tl.constexpr, MIXES: tl.constexpr, POSITIONS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -104,7 +111,7 @@ def _address(
     at = tl.program_id(0).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)
     inside = at < positions
     position = at % length + context
-    here = at // length * (length + context) + position
+    here = at // length * stride + position
     newest = tl.load(tokens + here, mask=inside, other=0)
     tl.store(stranger + at * 0, 1, mask=inside & ((newest < 0) | (newest >= raw_size)))
 

@@ -137,13 +137,16 @@ class Addressing:
 
         self.require_alike(tokens, doc_start, live)
         chunk = _flagged(tokens, doc_start, live)
-        seen = _in_context(history, chunk)
+        going_on = history if history is not None and tokens.shape == (history.sequences, 1) else None
+        seen = _in_context(history, chunk) if going_on is None else _written_beyond(going_on, chunk)
         context = seen[0].shape[1] - tokens.shape[1]
         stranger = torch.zeros(1, dtype=torch.bool, device=tokens.device)
         mixes, rows = address_triton(*seen, context, self._hashes_on(tokens.device), with_mixes, stranger)
         if stranger.item():  # the one time that this thread waits for the device
             self.require_known(tokens)
-        if history is not None:
+        if going_on is not None:
+            going_on.advance()
+        elif history is not None:
             history.push(*chunk)
         return self._found(mixes, rows)
 
@@ -275,4 +278,12 @@ def _in_context(history: Window | None, chunk: tuple[Tensor, Tensor, Tensor]) ->
     if not before:
         return chunk
     tokens, start, dead = (torch.cat(pair, dim=1) for pair in zip(before, chunk, strict=True))
+    return tokens, start, dead
+
+
+def _written_beyond(history: Window, chunk: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`_in_context` for one position of sequences that go on, written where a history will hold it."""
+    tokens, start, dead = history.beyond()
+    for held, new in zip((tokens, start, dead), chunk, strict=True):
+        held[:, -1:] = new
     return tokens, start, dead
