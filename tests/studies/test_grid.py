@@ -47,32 +47,35 @@ WHOLE = [(3, 0), (3, 1), (3, 4), (1, 0), (2, 0), (2, 1)]
 
 
 def test_lines_are_in_the_grid_s_order_and_say_where_they_come_from(tmp_path):
-    lines = run_grid(GRID, squares, tmp_path, device="cpu")
+    lines = run_grid(GRID, squares, tmp_path, study="squares", device="cpu")
     assert results(lines) == WHOLE
     assert all(line[part] for line in lines for part in ("device", "versions", "date", "code"))
 
 
 def test_nothing_is_run_twice(tmp_path):
-    first = run_grid(GRID, squares, tmp_path, device="cpu")
-    assert run_grid(GRID[:2], failing, tmp_path, device="cpu") == first[:4]
-    assert results(run_grid([Squares(1, shape=(9,))], squares, tmp_path, device="cpu")) == [(1, 0)]
+    first = run_grid(GRID, squares, tmp_path, study="squares", device="cpu")
+    assert run_grid(GRID[:2], failing, tmp_path, study="squares", device="cpu") == first[:4]
+    assert results(run_grid([Squares(1, shape=(9,))], squares, tmp_path, study="squares", device="cpu")) == [(1, 0)]
     assert results([line for line in read_log(tmp_path) if "result" in line]) == [*WHOLE, (1, 0)]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_run_that_fails_leaves_the_others_be_and_is_run_again_whole(tmp_path, workers):
     with pytest.raises(ValueError, match="One is not"):
-        run_grid([Squares(1), Squares(2)], failing, tmp_path, device="cpu", workers=workers)
-    assert results(run_grid([Squares(1), Squares(2)], squares, tmp_path, device="cpu")) == [(1, 0), (2, 0)]
+        run_grid([Squares(1), Squares(2)], failing, tmp_path, study="squares", device="cpu", workers=workers)
+    assert results(run_grid([Squares(1), Squares(2)], squares, tmp_path, study="squares", device="cpu")) == [
+        (1, 0),
+        (2, 0),
+    ]
     assert len([line for line in read_log(tmp_path) if "ended" in line]) == 2
 
 
 @pytest.mark.parametrize("cut", [1, 10, 200])
 def test_a_log_that_was_cut_off_is_as_good_as_one_of_fewer_runs(tmp_path, cut):
-    whole = run_grid(GRID, squares, tmp_path, device="cpu")
+    whole = run_grid(GRID, squares, tmp_path, study="squares", device="cpu")
     log = tmp_path / LOG_FILE
     log.write_bytes(log.read_bytes()[:-cut])
-    assert run_grid(GRID, squares, tmp_path, device="cpu") == whole
+    assert run_grid(GRID, squares, tmp_path, study="squares", device="cpu") == whole
     assert all(json.loads(line) for line in log.read_text().splitlines())
 
 
@@ -85,29 +88,29 @@ def test_results_are_on_disk_before_the_run_has_ended(tmp_path):
         def killed(run):
             yield {{"square": 0}}
             os.kill(os.getpid(), signal.SIGKILL)
-        run_grid([Squares(2)], killed, Path({str(tmp_path)!r}), device="cpu")
+        run_grid([Squares(2)], killed, Path({str(tmp_path)!r}), study="squares", device="cpu")
     """)
     done = subprocess.run([sys.executable, "-c", program], env=os.environ)
     assert done.returncode == -signal.SIGKILL
     assert [line["result"] for line in read_log(tmp_path)] == [{"square": 0}]
-    assert results(run_grid([Squares(2)], squares, tmp_path, device="cpu")) == [(2, 0), (2, 1)]
+    assert results(run_grid([Squares(2)], squares, tmp_path, study="squares", device="cpu")) == [(2, 0), (2, 1)]
 
 
 def test_a_run_that_lost_a_result_has_not_ended(tmp_path):
-    run_grid([Squares(3)], squares, tmp_path, device="cpu")
+    run_grid([Squares(3)], squares, tmp_path, study="squares", device="cpu")
     log = tmp_path / LOG_FILE
     log.write_text("".join(log.read_text().splitlines(keepends=True)[1:]))
-    assert results(run_grid([Squares(3)], squares, tmp_path, device="cpu")) == [(3, 0), (3, 1), (3, 4)]
+    assert results(run_grid([Squares(3)], squares, tmp_path, study="squares", device="cpu")) == [(3, 0), (3, 1), (3, 4)]
 
 
 @pytest.mark.parametrize("text", ["my notes\n", '{"step": 1}\n', "[1]\n"])
 def test_a_file_that_is_no_log_is_left_as_it_is(tmp_path, text):
     (tmp_path / LOG_FILE).write_text(text)
     with pytest.raises(ValueError, match=r"Line 1 of .*runs.jsonl is no run of a study: give another --out"):
-        run_grid(GRID, squares, tmp_path, device="cpu")
+        run_grid(GRID, squares, tmp_path, study="squares", device="cpu")
     assert (tmp_path / LOG_FILE).read_text() == text
 
 
 def test_two_grids_do_not_share_a_folder(tmp_path):
     with alone_in(tmp_path, wait=False), pytest.raises(ValueError, match="Another process runs a study in"):
-        run_grid(GRID, squares, tmp_path, device="cpu")
+        run_grid(GRID, squares, tmp_path, study="squares", device="cpu")

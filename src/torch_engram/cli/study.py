@@ -2,26 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
+
+from torch_engram.studies import STUDIES
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from torch_engram.studies.facts.report import Row
     from torch_engram.studies.facts.study import FactsRun
+    from torch_engram.studies.grid import Line
+    from torch_engram.studies.training import TrainingRun
 
-study = typer.Typer(name="study", help="Run a study, and see its results.", no_args_is_help=True)
+
+class _Studies(typer.core.TyperGroup):
+    """Takes the file of a study for its name."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return super().get_command(ctx, next(iter(STUDIES)) if cmd_name.endswith(".py") else cmd_name)
 
 
-@study.callback()
-def _studies() -> None:
-    """Keeps ``facts`` a verb of its own while it is the only one."""
+study = typer.Typer(
+    name="study",
+    cls=_Studies,
+    help="Run a study, one of these or one of your own: engram study MY_STUDY.py",
+    no_args_is_help=True,
+)
+
+
+@study.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A study's folder.")]) -> None:
+    """Write a study's tables and figures anew out of its log."""
+    from torch_engram.studies.grid import read_log
+
+    lines = [line for line in read_log(folder) if "result" in line]
+    if not lines:
+        raise ValueError(f"{folder} has no results of a study: give the --out of one that was run.")
+    _require("matplotlib")
+    _write(str(lines[0]["study"]), lines, folder)
+
+
+def _write(name: str, lines: Sequence[Line], folder: Path) -> None:
+    from torch_engram.studies.report import write_report
+    from torch_engram.studies.study import find_study
+
+    write_report(find_study(name).report(lines), folder)
+    typer.echo(f"Log, tables and figures are in {folder}.")
+
+
+def trainings(
+    context: typer.Context,
+    scale: Annotated[str | None, typer.Option(help="small, for a GPU, or tiny, for a try; or what it has.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Of every run; by default as many as it needs.")] = None,
+    data: Annotated[str, typer.Option(help="A text file, a folder, or demo for the corpus that ships.")] = "demo",
+    out: Annotated[Path | None, typer.Option(help="Folder for log and report; by default runs/study-NAME.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
+    workers: Annotated[int, typer.Option(min=1, help="Runs at once.")] = 1,
+) -> None:
+    """Run its grid of trainings. Those that the folder's log has are not run again."""
+    from rich.console import Console
+
+    from torch_engram.bench.results import require_writable
+    from torch_engram.studies.grid import run_grid
+    from torch_engram.studies.study import find_study
+    from torch_engram.studies.training import read_text, train_run
+    from torch_engram.train.build import require_device
+
+    name, console = str(context.info_name), Console()
+    folder = Path("runs") / f"study-{Path(name).stem}" if out is None else out
+    found = find_study(name)
+    runs = found.grid(scale, seeds)
+    require_device(device)
+    require_writable(folder)
+    _require("matplotlib")
+    with console.status("Reading the text"):
+        runs = read_text(runs, data)
+    console.print(f"{len(runs)} runs.")
+    do = partial(train_run if workers > 1 else _told, data=data, device=device)
+    _write(name, run_grid(runs, do, folder, study=name, device=device, workers=workers), folder)
+
+
+for _name, _words in STUDIES.items():
+    study.command(_name, help=f"{_words} {' '.join((trainings.__doc__ or '').split())}")(trainings)
+
+
+def _told(run: TrainingRun, data: str, device: str) -> Iterator[dict[str, Any]]:
+    """A run with its bar."""
+    from torch_engram.studies.training import train_run
+
+    with _bar(run.label, run.recipe.steps) as watch:
+        yield from train_run(run, data, device, watch)
+
+
+def _require(*packages: str) -> None:
+    for name in packages:
+        if find_spec(name) is None:
+            raise ValueError(f"The study needs the package {name}: pip install 'torch-engram[studies]'.")
 
 
 @study.command()
@@ -38,9 +122,7 @@ def facts(
     """
     from rich.console import Console
 
-    for name in ("transformers", "peft", "gguf", "matplotlib"):
-        if find_spec(name) is None:
-            raise ValueError(f"The study needs the package {name}: pip install 'torch-engram[studies]'.")
+    _require("transformers", "peft", "gguf", "matplotlib")
     from torch_engram.bench.results import require_writable
     from torch_engram.studies.facts.report import rows_of, where, write_report
     from torch_engram.studies.facts.study import full, run_facts, small
@@ -59,7 +141,7 @@ def facts(
         soft_wrap=True,
     )
     do = partial(_watched if workers == 1 else run_facts, device=device)
-    rows = rows_of(run_grid(runs, do, out, device=device, workers=workers))
+    rows = rows_of(run_grid(runs, do, out, study="facts", device=device, workers=workers))
     console.print(_table(rows))
     write_report(rows, out)
     console.print(where(rows), soft_wrap=True, highlight=False)
@@ -68,15 +150,22 @@ def facts(
 
 def _watched(run: FactsRun, device: str) -> Iterator[dict[str, Any]]:
     """A run with its bar."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from torch_engram.studies.facts.study import run_facts
+
+    with _bar(run.way, max(1, run.steps)) as watch:
+        yield from run_facts(run, device, watch)
+
+
+@contextmanager
+def _bar(label: str, steps: int) -> Iterator[Callable[[int, float], None]]:
+    """Told of steps and their losses."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}")
     with Progress(*columns, TimeRemainingColumn()) as bar:
-        task = bar.add_task(run.way, total=max(1, run.steps), loss="")
-        yield from run_facts(run, device, lambda step, loss: bar.update(task, completed=step, loss=f"loss {loss:.3f}"))
-        bar.update(task, completed=max(1, run.steps))
+        task = bar.add_task(label, total=steps, loss="")
+        yield lambda step, loss: bar.update(task, completed=step, loss=f"loss {loss:.3f}")
+        bar.update(task, completed=steps)
 
 
 def _table(rows: list[Row]) -> Table:

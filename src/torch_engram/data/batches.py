@@ -91,13 +91,16 @@ class PackedBatches:
 
     def batch(self, step: int) -> Batch:
         """Batch number `step`, counted from 0 over all epochs."""
-        first = step * self.batch_size
-        epochs, positions = np.divmod(np.arange(first, first + self.batch_size), self.windows)
+        return self._gather(self.windows_of(step, step + 1))
+
+    def windows_of(self, first: int, last: int) -> _Ints:
+        """The windows of batches `first` to `last` - 1 in their order: int64 [(last - first) * B]."""
+        epochs, positions = np.divmod(np.arange(first * self.batch_size, last * self.batch_size), self.windows)
         windows = np.empty_like(positions)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             windows[here] = permute(positions[here], self.windows, self.seed, int(epoch))
-        return self._gather(windows)
+        return windows
 
     def in_order(self, start: int = 0, step: int = 1) -> Iterator[Batch]:
         """Every window exactly once, in the file's order, for evaluation; the last batch may be smaller.

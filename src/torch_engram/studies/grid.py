@@ -30,12 +30,12 @@ Do = Callable[[Any], Iterable[dict[str, Any]]]
 """Runs a run, and yields its results as JSON takes them."""
 
 
-def run_grid(runs: Sequence[Any], do: Do, out: Path, *, device: str, workers: int = 1) -> list[Line]:
+def run_grid(runs: Sequence[Any], do: Do, out: Path, *, study: str, device: str, workers: int = 1) -> list[Line]:
     """The log's lines of the results of ``runs``, in their order.
 
-    ``do``: of a module, where there are several ``workers``, processes that share the device. A run that fails leaves
-    the others be, and is raised at the end. Raises ``ValueError`` where another grid is being run in ``out``, and for a
-    log that is none.
+    ``study``: its name, for whoever reads the log. ``do``: of a module, where there are several ``workers``, processes
+    that share the device. A run that fails leaves the others be, and is raised at the end. Raises ``ValueError`` where
+    another grid is being run in ``out``, and for a log that is none.
     """
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
@@ -47,7 +47,8 @@ def run_grid(runs: Sequence[Any], do: Do, out: Path, *, device: str, workers: in
         with replacing(out / LOG_FILE) as file:  # of runs that had not ended, nothing is kept
             file.write("".join(_text(line) for lines in known.values() for line in lines).encode())
         missing = [run for run in runs if _key(_plain(run)) not in known]
-        one = _LoggedRun(do, out / LOG_FILE, {**dict(zip(ORIGIN, origin(device), strict=True)), "code": revision()})
+        where = {"study": study, **dict(zip(ORIGIN, origin(device), strict=True)), "code": revision()}
+        one = _LoggedRun(do, out / LOG_FILE, where)
         failed = _run_here(missing, one) if workers == 1 else _run_beside(missing, one, workers)
         if failed:
             raise failed[0]

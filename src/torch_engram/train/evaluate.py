@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice, repeat
 
 import torch
+from torch import Tensor
 
 from torch_engram.data import IGNORE_INDEX, Batch, PackedBatches, TokenFile
 from torch_engram.memory import Memory, MemoryBank, Tokens, join
@@ -51,23 +52,33 @@ def evaluate(
 
     ``ranks`` share the batches, and all return the score of all.
     """
-    was_training = decoder.training
-    decoder.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     count = 0
-    for batch in _share(PackedBatches(file, batch_size, seq_len), batches, ranks):
+    there = _share(PackedBatches(file, batch_size, seq_len), batches, ranks)
+    for batch, losses in token_losses(decoder, banks, there, device=device, dtype=dtype):
+        total += losses.sum(dtype=torch.float64)
+        count += int((batch.targets != IGNORE_INDEX).sum())
+    ranks.part_again(decoder)
+    count = int(ranks.sum(torch.tensor(count)))
+    nats = ranks.sum(total).item() / max(1, count)
+    return Score(nats, count, nats / math.log(2) * len(file) / file.text_bytes)
+
+
+@torch.no_grad()
+def token_losses(
+    decoder: Decoder, banks: Mapping[str, MemoryBank], batches: Iterable[Batch], *, device: str, dtype: str
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Each batch and its tokens' losses in nats, fp32 ``[B, T]`` on the device; 0 where there is no target."""
+    was_training = decoder.training
+    decoder.eval()
+    for batch in batches:
         on_device = batch.to(device)
         memory = read_memory(banks, batch)
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"):
             hidden = decoder(on_device.tokens, memory, doc_start=on_device.doc_start, return_hidden=True)
             losses = head_losses(hidden, decoder.head.weight, on_device.targets, decoder.pad_bias)
-        total += losses.sum(dtype=torch.float64)
-        count += int((batch.targets != IGNORE_INDEX).sum())
+        yield batch, losses
     decoder.train(was_training)
-    ranks.part_again(decoder)
-    count = int(ranks.sum(torch.tensor(count)))
-    nats = ranks.sum(total).item() / max(1, count)
-    return Score(nats, count, nats / math.log(2) * len(file) / file.text_bytes)
 
 
 def _share(data: PackedBatches, batches: int | None, ranks: Ranks) -> Iterator[Batch]:

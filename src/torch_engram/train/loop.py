@@ -294,9 +294,15 @@ class Trainer:
             "tokens": self.step * self.tokens_per_step,
             "tokens_per_second": self.tokens_per_second,
         }
-        if self._balance:
-            line["expert_peak_load"] = max(float(peak) for peak in self._balance.values())
+        if self.expert_peak_load is not None:
+            line["expert_peak_load"] = self.expert_peak_load
         return line
+
+    @property
+    def expert_peak_load(self) -> float | None:
+        """Tokens of the busiest expert over the mean, in the layer where that is most, in the last step; None without
+        experts. Waits for the device."""
+        return max(map(float, self._balance.values())) if self._balance else None
 
     def validation_file(self) -> TokenFile | None:
         """The held-out split, where it is at least one sequence long."""

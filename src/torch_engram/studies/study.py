@@ -1,0 +1,52 @@
+"""What a study of pretraining is, and where they are found: each is a file that says which runs there are and what is
+reported of them."""
+
+from __future__ import annotations
+
+import importlib
+import runpy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch_engram.config import nearest
+from torch_engram.studies import STUDIES
+from torch_engram.studies.grid import Line
+from torch_engram.studies.report import Report
+from torch_engram.studies.training import TrainingRun
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid of trainings, and its report. ``STUDY`` of a study's file is one."""
+
+    scales: tuple[str, ...]
+    """Sizes that it can be run at, the usual one first."""
+    runs: Callable[[str, int], Sequence[TrainingRun]]
+    """The runs of a scale with so many seeds, the most telling first."""
+    report: Callable[[Sequence[Line]], Report]
+    """What the results of a log say, of whichever of its runs have ended."""
+    seeds: int = 1
+    """How many, unless somebody asks for others."""
+
+    def grid(self, scale: str | None, seeds: int | None) -> list[TrainingRun]:
+        """Its runs, None for what is usual. Raises ``ValueError`` for a scale that there is not."""
+        scale = self.scales[0] if scale is None else scale
+        if scale not in self.scales:
+            raise ValueError(f"There is no scale {scale!r}: {nearest(scale, self.scales)}")
+        return list(self.runs(scale, self.seeds if seeds is None else seeds))
+
+
+def find_study(name: str) -> Study:
+    """The study of this name, or of a file ``name.py``. Raises ``ValueError`` where there is none."""
+    if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise ValueError(f"There is no file {name}: give a study's file, or one of {', '.join(STUDIES)}.")
+        found = runpy.run_path(name).get("STUDY")
+        if not isinstance(found, Study):
+            raise ValueError(f"{name} has no STUDY: let it hold a torch_engram.studies.study.Study of that name.")
+        return found
+    if name not in STUDIES:
+        raise ValueError(f"There is no study {name!r}: {nearest(name, STUDIES)}")
+    study: Study = importlib.import_module(f"torch_engram.studies.{name}").STUDY
+    return study

@@ -1,0 +1,183 @@
+"""What studies of pretraining share: a run, how it is trained and scored, and what sets it apart from others."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torch_engram.analysis.seen import seen_before
+from torch_engram.data import IGNORE_INDEX, Batch, PackedBatches
+from torch_engram.train import Recipe, Trainer
+from torch_engram.train.build import Text, build_text
+from torch_engram.train.evaluate import token_losses
+from torch_engram.train.guards import deterministic_kernels
+
+TOLD = 10
+"""Steps whose mean loss is one point of the curve."""
+LAST = 50
+"""Steps at the end whose mean loss is a run's training loss."""
+Watch = Callable[[int, float], None]
+"""Told of every :data:`TOLD`-th step and the mean loss of those before it."""
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One training, from its recipe to its score."""
+
+    label: str
+    """Which of the study's models it trains, for people."""
+    recipe: Recipe
+    """Where it reads and writes, its device and how it is compiled are set by :func:`train_run`."""
+    text: str = ""
+    """Digest of the text, which decides the results too."""
+
+
+def read_text(runs: Sequence[TrainingRun], data: str) -> list[TrainingRun]:
+    """The runs on the text ``data``, which is tokenised here once, before several processes want it.
+
+    Raises ``ValueError`` for a text that cannot be read.
+    """
+    return [replace(run, text=_text(replace(run.recipe, data=data)).files.train.digest) for run in runs]
+
+
+def _text(recipe: Recipe) -> Text:
+    """Read once a process, for a text's digest is of all its bytes."""
+    key = recipe.data, recipe.tokenizer, recipe.model.vocab_size, recipe.validation_share, recipe.cache
+    if key not in _TEXTS:
+        _TEXTS[key] = build_text(recipe)
+    return _TEXTS[key]
+
+
+_TEXTS: dict[tuple[object, ...], Text] = {}
+
+
+def train_run(run: TrainingRun, data: str, device: str, watch: Watch = lambda step, loss: None) -> Iterator[Any]:
+    """Train on the text ``data`` and yield the one result.
+
+    ``validation`` and, of tokens that end a 13-gram of the trained text or do not, ``seen`` and ``novel``: nats a token
+    on the whole held-out split, None after a run that went astray; ``seen_share`` of its tokens; ``train``, the mean
+    loss of the last steps; ``curve``, pairs of step and mean loss; ``tokens_per_second`` of all but the first steps;
+    ``flops`` of a trained token, forward and backward; ``expert_peak_load``; sizes in parameters; seconds.
+    """
+    begun = time.perf_counter()
+    with TemporaryDirectory() as folder:  # nothing is written there
+        recipe = replace(placed(run.recipe, device), data=data, out=folder)
+        trainer = Trainer(recipe, text=_text(recipe))
+        with deterministic_kernels(recipe.deterministic):
+            losses, speed = _train(trainer, watch)
+        curve = [[step, round(fmean(part), 5)] for step, part in _parts(losses)]
+        finite = len(losses) == recipe.steps
+        account = trainer.account
+        yield {
+            "train": fmean(losses[-LAST:]) if finite else None,
+            **(_scores(trainer) if finite else dict.fromkeys(("validation", "seen", "novel", "seen_share"))),
+            "curve": curve,
+            "steps": len(losses),
+            "tokens": trainer.tokens_per_step * len(losses),
+            "tokens_per_second": speed,
+            "flops": 3 * account.flops,
+            "expert_peak_load": trainer.expert_peak_load,
+            "sizes": {name: getattr(account, name) for name in ("total", "active", "tables", "embedding", "rho")},
+            "seconds": time.perf_counter() - begun,
+        }
+
+
+def placed(recipe: Recipe, device: str) -> Recipe:
+    """The recipe for a device: on a CPU as it is read, nothing is compiled and all is fp32."""
+    if device == "cpu":
+        return replace(recipe, device=device, dtype="fp32", compile=False, capture=False)
+    return replace(recipe, device=device)
+
+
+def _train(trainer: Trainer, watch: Watch) -> tuple[list[float], float]:
+    """Each step's loss, up to where one is not finite any more, and tokens a second."""
+    losses: list[float] = []
+    waiting: list[Tensor] = []
+    since = time.perf_counter()
+    trainer.decoder.train()
+    for step in range(trainer.recipe.steps):
+        waiting.append(trainer.train_step()[0])
+        if len(waiting) < TOLD and step + 1 < trainer.recipe.steps:
+            continue
+        found = torch.stack(waiting).tolist()
+        if not all(map(math.isfinite, found)):
+            break
+        if not losses:  # the first steps compile
+            since = time.perf_counter()
+        losses, waiting = losses + found, []
+        watch(step + 1, fmean(found))
+    steps = len(losses) - TOLD
+    return losses, steps * trainer.tokens_per_step / (time.perf_counter() - since) if steps > 0 else 0.0
+
+
+def _parts(losses: list[float]) -> Iterator[tuple[int, list[float]]]:
+    for first in range(0, len(losses), TOLD):
+        part = losses[first : first + TOLD]
+        yield first + len(part), part
+
+
+@torch.no_grad()
+def _scores(trainer: Trainer) -> dict[str, float | None]:
+    """On the held-out split, whole and apart."""
+    recipe, file = trainer.recipe, trainer.validation_file()
+    assert file is not None, "a study's text holds some documents out"
+    device, size = recipe.device, recipe.batch_size * recipe.seq_len
+    seen = seen_before(file, trainer.data, recipe.steps * recipe.accumulation, device=device)
+    targets_seen = F.pad(seen[1:], (0, size))
+    sums = torch.zeros(2, 2, dtype=torch.float64, device=device)  # nats and tokens, of novel and of seen ones
+    data = PackedBatches(file, recipe.batch_size, recipe.seq_len)
+    batches = (_whole(batch, recipe.batch_size) for batch in data.in_order())
+    scored = token_losses(trainer.decoder, trainer.banks, batches, device=device, dtype=recipe.dtype)
+    for number, (batch, losses) in enumerate(scored):
+        wanted = (batch.targets != IGNORE_INDEX).to(device)
+        here = targets_seen[number * size : (number + 1) * size].view_as(wanted)
+        for row, mask in enumerate((wanted & ~here, wanted & here)):
+            sums[row] += torch.stack((losses.double()[mask].sum(), mask.sum().double()))
+    (novel, novel_tokens), (old, old_tokens) = sums.tolist()
+    tokens = novel_tokens + old_tokens
+    return {
+        "validation": (novel + old) / tokens,
+        "novel": novel / novel_tokens if novel_tokens else None,
+        "seen": old / old_tokens if old_tokens else None,
+        "seen_share": old_tokens / tokens,
+        "validation_tokens": int(tokens),
+        "bits_per_byte": (novel + old) / tokens / math.log(2) * len(file) / file.text_bytes,
+    }
+
+
+def _whole(batch: Batch, size: int) -> Batch:
+    """The batch with rows of no targets up to so many, for what is compiled takes no other number."""
+    more = (0, 0, 0, size - len(batch.tokens))
+    return Batch(
+        F.pad(batch.tokens, more),
+        F.pad(batch.targets, more, value=IGNORE_INDEX),
+        F.pad(batch.doc_start, more, value=True),
+    )
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """All settings by dotted name, but those that decide no result."""
+    free = {"name", "data", "out", "cache", "device", "compile", "capture"}
+    return {name: value for name, value in _leaves(recipe.to_dict()) if name not in free}
+
+
+def apart(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of ``other`` that differ from ``base``, seeds left out."""
+    return {name: value for name, value in other.items() if name != "seed" and base.get(name) != value}
+
+
+def _leaves(values: Mapping[str, Any], group: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{group}{name}.")
+        else:
+            yield group + name, value

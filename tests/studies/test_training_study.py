@@ -1,0 +1,129 @@
+"""Studies of pretraining: a seed repeats bit for bit, a grid that stopped goes on, a run is scored as it is said."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from torch_engram.data import IGNORE_INDEX, PackedBatches
+from torch_engram.studies import training
+from torch_engram.studies.grid import read_log, run_grid
+from torch_engram.studies.recipe import STUDY
+from torch_engram.studies.report import write_report
+from torch_engram.studies.training import TrainingRun, apart, read_text, settings_of, train_run
+from torch_engram.train import Trainer, change
+from torch_engram.train.evaluate import evaluate
+
+WORDS = [
+    "by",
+    "the",
+    "way",
+    "king",
+    "sent",
+    "word",
+    "to",
+    "all",
+    "united",
+    "states",
+    "that",
+    "knew",
+    "of",
+    "no",
+    "such",
+]
+TIMED = {"seconds", "tokens_per_second"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    draw = random.Random(0)
+    passage = " ".join(draw.choices(WORDS, k=30))  # some documents repeat it, so that held-out text was seen in part
+    documents = [f"{passage if i % 3 else ''} {' '.join(draw.choices(WORDS, k=40))} {i}" for i in range(200)]
+    path = tmp_path_factory.mktemp("study") / "corpus.txt"
+    path.write_text("\n\f\n".join(documents))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def runs(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> list[TrainingRun]:
+    cache = str(tmp_path_factory.mktemp("cache"))
+    tiny = [TrainingRun(run.label, replace(run.recipe, cache=cache)) for run in STUDY.grid("tiny", None)]
+    return read_text(tiny, corpus)
+
+
+def result(run: TrainingRun, corpus: str) -> dict[str, Any]:
+    (found,) = train_run(run, corpus, "cpu")
+    return {name: value for name, value in found.items() if name not in TIMED}
+
+
+def test_a_seed_repeats_bit_for_bit_and_another_does_not(runs: list[TrainingRun], corpus: str) -> None:
+    first, other = runs[:2]
+    assert apart(settings_of(first.recipe), settings_of(other.recipe)) == {} and first != other
+    assert result(first, corpus) == result(first, corpus)
+    assert result(first, corpus)["curve"] != result(other, corpus)["curve"]
+
+
+def test_a_grid_that_stopped_equals_one_that_did_not(runs: list[TrainingRun], corpus: str, tmp_path: Path) -> None:
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+
+    def do(run: TrainingRun) -> Any:
+        return train_run(run, corpus, "cpu")
+
+    def known(lines: list[dict[str, Any]]) -> list[Any]:
+        return [{**line["result"], **dict.fromkeys(TIMED)} for line in lines]
+
+    run_grid(runs[1:3], do, stopped, study="recipe", device="cpu")
+    with open(stopped / "runs.jsonl", "ab") as log:
+        log.write(b'{"run": {"cut')
+    lines = run_grid(runs, do, stopped, study="recipe", device="cpu")
+    assert known(lines) == known(run_grid(runs, do, whole, study="recipe", device="cpu"))
+    assert len(lines) == len(runs) == len([line for line in read_log(stopped) if "result" in line])
+
+
+def test_zero_rows_that_never_learn_change_no_loss(runs: list[TrainingRun], corpus: str, tmp_path: Path) -> None:
+    frozen = change(runs[0].recipe, ["table.lr=0", "clip=0", f"data={corpus}", f"out={tmp_path}"])
+    memory = Trainer(frozen)
+    alone = Trainer(replace(frozen, model=replace(frozen.model, engrams={})))
+    weights = memory.decoder.state_dict()
+    alone.decoder.load_state_dict({name: weights[name] for name in alone.decoder.state_dict()})
+    for _ in range(frozen.steps):
+        (loss, _), (without, _) = memory.train_step(), alone.train_step()
+        assert torch.equal(loss, without)
+    assert training._scores(memory) == training._scores(alone)
+
+
+def test_scores_are_of_the_whole_split_and_its_parts(runs: list[TrainingRun], corpus: str, tmp_path: Path) -> None:
+    recipe = replace(runs[0].recipe, data=corpus, out=str(tmp_path))
+    trainer = Trainer(recipe)
+    for _ in range(recipe.steps):
+        trainer.train_step()
+    file = trainer.validation_file()
+    assert file is not None
+    whole = evaluate(trainer.decoder, trainer.banks, file, batch_size=3, seq_len=recipe.seq_len)
+    scores = training._scores(trainer)
+    share = scores["seen_share"]
+    assert scores["validation"] == pytest.approx(whole.nats, rel=1e-5)
+    assert scores["validation_tokens"] == whole.tokens and 0.1 < share < 0.9
+    assert share * scores["seen"] + (1 - share) * scores["novel"] == pytest.approx(whole.nats, rel=1e-5)
+    assert scores["bits_per_byte"] == pytest.approx(whole.bits_per_byte, rel=1e-5)
+
+
+def test_a_run_that_goes_astray_is_a_result(runs: list[TrainingRun], corpus: str, tmp_path: Path) -> None:
+    wild = replace(runs[0], recipe=change(runs[0].recipe, ["rates.other=1e30", "rates.matrices=1e30", "clip=0"]))
+    lines = run_grid([runs[0], wild], lambda run: train_run(run, corpus, "cpu"), tmp_path, study="recipe", device="cpu")
+    assert lines[1]["result"]["validation"] is None and lines[1]["result"]["steps"] < wild.recipe.steps
+    write_report(STUDY.report(lines), tmp_path)
+    assert "| astray | – |" in (tmp_path / "recipe.md").read_text()
+
+
+def test_a_batch_is_filled_up_with_what_does_not_count(runs: list[TrainingRun], corpus: str) -> None:
+    text = training._text(replace(runs[0].recipe, data=corpus))
+    last = list(PackedBatches(text.files.train, 3, 32).in_order())[-1]
+    whole = training._whole(last, 5)
+    assert whole.tokens.shape == (5, 32) and (whole.targets[len(last.tokens) :] == IGNORE_INDEX).all()
+    assert torch.equal(whole.targets[: len(last.tokens)], last.targets)
