@@ -13,9 +13,10 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from torch_engram.studies.facts.report import CSV_FILE, TABLE, rows_of, write_report
+from torch_engram.studies.facts.report import report
 from torch_engram.studies.facts.study import full
-from torch_engram.studies.grid import results
+from torch_engram.studies.grid import all_results, results
+from torch_engram.studies.report import write_report
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -33,9 +34,10 @@ def test_the_committed_rows_are_the_logs(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_the_committed_table_and_figure_are_the_logs(tmp_path: Path) -> None:
+def test_the_committed_tables_are_the_log_s(tmp_path: Path) -> None:
     lines = results(full(), facts.LOG)
     assert len({str(line["run"]) for line in lines}) == len(full())
-    write_report(rows_of(lines), tmp_path)
-    for name in (CSV_FILE, TABLE):
+    assert lines == all_results(facts.LOG)
+    write_report(report(lines), tmp_path)
+    for name in ("facts.csv", "facts.md"):
         assert (tmp_path / name).read_text() == (facts.LOG / name).read_text()

@@ -12,7 +12,7 @@ VERBS = ("demo", "finetune", "eval", "train", "recipes", "sample", "trace", "gat
 SUBVERBS = (
     ["bench", "ops"], ["bench", "step"], ["bench", "lookup"],
     ["table", "info"], ["table", "verify"], ["table", "synth"], ["table", "convert"],
-    ["table", "export"], ["study", "facts"],
+    ["table", "export"], ["study", "facts"], ["study", "recipe"], ["study", "report"],
 )  # fmt: skip
 
 

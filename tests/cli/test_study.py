@@ -1,13 +1,46 @@
-"""``engram study`` refuses what it cannot do before anything is run."""
+"""``engram study``: what it cannot do is refused before anything is run, and a log is enough for its report."""
 
 from __future__ import annotations
 
+import csv
 import importlib
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+MINE = """
+from torch_engram.studies.report import Report, origins
+from torch_engram.studies.study import Study
+from torch_engram.studies.training import TrainingRun
+from torch_engram.train import change, get_recipe
+
+SHORT = "steps=2", "warmup=1", "seq_len=16", "batch_size=2", "model.vocab_size=300", "validation_share=0.1"
+
+
+def runs(scale, seeds):
+    recipe = change(get_recipe("tiny"), SHORT)
+    return [TrainingRun("tiny", change(recipe, [f"seed={seed}"])) for seed in range(seeds)]
+
+
+def report(lines):
+    rows = [{"seed": line["run"]["recipe"]["seed"], "nats": line["result"]["validation"]} for line in lines]
+    return Report("mine", "Two seeds", [], rows, origins(lines))
+
+
+STUDY = Study(("short",), runs, report, seeds=2)
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the test's own to work in, where caches go too."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.mark.parametrize(
@@ -41,3 +74,53 @@ def test_a_package_that_is_missing_is_named(engram, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: None if name == "peft" else True)
     done = engram("study", "facts", "--out", tmp_path / "out")
     assert done.code == 1 and "needs the package peft: pip install 'torch-engram[studies]'" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["recipe", "--scale", "huge"], "There is no scale 'huge': choose one of 'small', 'tiny'."),
+        (["my.py"], "There is no file my.py: give a study's file, or one of recipe."),
+        (["empty.py"], "empty.py has no STUDY: let it hold a torch_engram.studies.study.Study of that name."),
+    ],
+)
+def test_a_study_that_is_none(engram, here, words, said):
+    (here / "empty.py").write_text("STUDIES = 1\n")
+    done = engram("study", *words, "--device", "cpu", "--out", "out")
+    assert done.code == 1 and done.err == f"engram: {said}"
+    assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize("folder", ["empty", "missing"])
+def test_a_report_of_a_folder_without_a_log(engram, here, folder):
+    (here / "empty").mkdir()
+    done = engram("study", "report", folder)
+    assert done.code == 1 and done.err.startswith(f"engram: {folder} has no results of a study: give the --out")
+    assert [path.name for path in here.iterdir()] == ["empty"]
+
+
+def test_a_log_gives_the_report_again(engram, here, corpus_file):
+    done = engram("study", "recipe", "--scale", "tiny", "--device", "cpu", "--data", corpus_file, "--out", "out")
+    assert done.code == 0, done
+    made = {path: path.read_bytes() for path in (here / "out").iterdir() if path.name.startswith("recipe")}
+    assert {path.suffix for path in made} == {".md", ".csv", ".html", ".svg", ".png"}
+    for path in made:
+        path.unlink()
+    assert engram("study", "report", "out").code == 0
+    assert {path: path.read_bytes() for path in made} == made
+
+
+def test_a_study_of_ones_own(engram, here, corpus_file):
+    (here / "my_study.py").write_text(MINE)
+    words = "study", "my_study.py", "--scale", "short", "--device", "cpu", "--data", corpus_file, "--out", "out"
+    done = engram(*words)
+    assert done.code == 0 and "2 runs." in done.out, done
+    log = (here / "out" / "runs.jsonl").read_text()
+    results = [line for line in map(json.loads, log.splitlines()) if "result" in line]
+    assert [line["study"] for line in results] == ["my_study.py"] * 2
+    with open(here / "out" / "mine.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["seed"], float(row["nats"]) > 0) for row in rows] == [("0", True), ("1", True)]
+    (here / "out" / "mine.md").unlink()
+    assert engram("study", "report", "out").code == 0 and "# Two seeds" in (here / "out" / "mine.md").read_text()
+    assert engram(*words).code == 0 and (here / "out" / "runs.jsonl").read_text() == log

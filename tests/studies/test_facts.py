@@ -30,13 +30,14 @@ from torch_engram.studies.facts.other_text import (
     windows,
 )
 from torch_engram.studies.facts.prompts import Asked
-from torch_engram.studies.facts.report import Row, by_seeds, cells, rows_of, where, write_report
+from torch_engram.studies.facts.report import Row, by_seeds, cells, report, rows_of
 from torch_engram.studies.facts.scoring import Exam, known_facts
 from torch_engram.studies.facts.study import FULL, SMALL, FactsRun, facts_of, run_facts
 from torch_engram.studies.facts.teaching import Lessons, teach
 from torch_engram.studies.facts.ways import Rates, begin, lora_rank, read_by_a_token
 from torch_engram.studies.facts.wordings import EXAMPLES, HELD_OUT, TRAINED
 from torch_engram.studies.grid import run_grid
+from torch_engram.studies.report import write_report
 
 MEMORY = {"layers": (0, 1), "rows_per_head": 499, "heads": 2, "row_dim": 8, "conv_kernel": 0}
 TINY = replace(SMALL, people=2, batch=4, pieces=4, piece=16, memory=MEMORY, asked=1, known=100, scored=1)
@@ -285,7 +286,8 @@ def test_a_study_from_its_runs_to_its_report(model, tokenizer, tmp_path, monkeyp
     def do(run):
         return run_facts(run, "cpu", lambda step, loss: steps.append(step))
 
-    rows = rows_of(run_grid(runs, do, tmp_path, device="cpu"))
+    results = run_grid(runs, do, tmp_path, study="facts", scale="small", device="cpu")
+    rows = rows_of(results)
     assert [(row.way, row.exposures) for row in rows] == [
         ("before", 0), ("memory", 1), ("memory", 2),
         ("memory, no other text, taught at every token", 1), ("memory, no other text, taught at every token", 2),
@@ -293,7 +295,7 @@ def test_a_study_from_its_runs_to_its_report(model, tokenizer, tmp_path, monkeyp
     ]  # fmt: skip
     assert steps == [step for run in runs for step in range(1, run.steps + 1)]
     assert all(row.read and row.trained and row.seconds for row in rows[1:])
-    write_report(rows, tmp_path)
+    write_report(report(results), tmp_path)
     with open(tmp_path / "facts.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [float(line["elsewhere"]) for line in lines] == [row.elsewhere for row in rows]
@@ -325,11 +327,17 @@ def test_runs_that_differ_in_more_than_their_seed_are_told_apart():
 
 def test_seeds_are_lines_of_their_own_in_the_log_and_one_in_the_table():
     row = Row("memory", 16, 0, 0.98, 0.9, 0.3, 0.5, 20.0, 40.0, 4 << 20, 8 << 20, 10.0, "cpu", "1", "a", "today")
-    rows = [row, replace(row, seed=1, recall=1.0, elsewhere=41.0, code="b"), replace(row, exposures=64)]
+    rows = [row, replace(row, seed=1, recall=1.0, elsewhere=41.0), replace(row, exposures=64)]
     both, alone = map(cells, by_seeds(rows))
     assert both[:4] == ("memory", "16", "99.0 ±1.0", "90.0 ±0.0") and both[7:] == ("40.50 ±0.50", "4.0", "8.0", "10")
     assert alone[:4] == ("memory", "64", "98.0", "90.0")
-    assert where(rows) == "cpu; 1; a; today\ncpu; 1; b; today"
+
+
+def test_a_report_needs_the_untaught_model_and_says_where_all_comes_from():
+    with pytest.raises(ValueError, match="no result of the untaught model: run the study again"):
+        report([line("memory")])
+    lines = [line("untaught"), line("memory"), {**line("full"), "code": "b"}]
+    assert report(lines).origins == ["cpu; 1; a; today", "cpu; 1; b; today"]
 
 
 def test_a_seed_repeats_bit_for_bit(model, tokenizer, monkeypatch):

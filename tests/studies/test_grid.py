@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from torch_engram.durable import alone_in
-from torch_engram.studies.grid import LOG_FILE, read_log, run_grid
+from torch_engram.studies.grid import LOG_FILE, all_results, read_log, run_grid
 
 
 @dataclass(frozen=True)
@@ -42,28 +42,53 @@ def results(lines: list[dict[str, Any]]) -> list[tuple[int, int]]:
     return [(line["run"]["count"], line["result"]["square"]) for line in lines]
 
 
+OF: dict[str, Any] = {"study": "squares", "scale": "any", "device": "cpu"}
 GRID = [Squares(3), Squares(1), Squares(2)]
 WHOLE = [(3, 0), (3, 1), (3, 4), (1, 0), (2, 0), (2, 1)]
 
 
 def test_lines_are_in_the_grid_s_order_and_say_where_they_come_from(tmp_path):
-    lines = run_grid(GRID, squares, tmp_path, study="squares", device="cpu")
+    lines = run_grid(GRID, squares, tmp_path, **OF)
     assert results(lines) == WHOLE
     assert all(line[part] for line in lines for part in ("device", "versions", "date", "code"))
 
 
 def test_nothing_is_run_twice(tmp_path):
-    first = run_grid(GRID, squares, tmp_path, study="squares", device="cpu")
-    assert run_grid(GRID[:2], failing, tmp_path, study="squares", device="cpu") == first[:4]
-    assert results(run_grid([Squares(1, shape=(9,))], squares, tmp_path, study="squares", device="cpu")) == [(1, 0)]
-    assert results([line for line in read_log(tmp_path) if "result" in line]) == [*WHOLE, (1, 0)]
+    first = run_grid(GRID, squares, tmp_path, **OF)
+    assert run_grid(GRID[:2], failing, tmp_path, **OF) == first[:4]
+    assert results(run_grid([Squares(1, shape=(9,))], squares, tmp_path, **OF)) == [(1, 0)]
+    assert results([line for line in read_log(tmp_path) if "result" in line]) == [(1, 0), *WHOLE]
+
+
+def test_a_log_is_in_the_grid_s_order_whatever_ended_first(tmp_path):
+    run_grid(GRID[::-1], squares, tmp_path, **OF)
+    assert results(all_results(tmp_path)) == [*WHOLE[4:], *WHOLE[3:4], *WHOLE[:3]]
+    run_grid(GRID, failing, tmp_path, **OF)
+    assert results(all_results(tmp_path)) == WHOLE
+
+
+@pytest.mark.parametrize("other", [{"study": "cubes"}, {"scale": "small"}])
+def test_a_folder_is_one_study_s_at_one_scale(tmp_path, other):
+    run_grid(GRID, squares, tmp_path, **OF)
+    log = (tmp_path / LOG_FILE).read_bytes()
+    with pytest.raises(ValueError, match="holds runs of the study squares at scale any: give another --out"):
+        run_grid(GRID, squares, tmp_path, **{**OF, **other})
+    assert (tmp_path / LOG_FILE).read_bytes() == log
+
+
+def test_results_are_of_runs_that_have_ended(tmp_path):
+    with pytest.raises(ValueError, match="has no results of a study"):
+        all_results(tmp_path)
+    with pytest.raises(ValueError, match="One is not"):
+        run_grid([Squares(2), Squares(1)], failing, tmp_path, **OF)
+    assert results(all_results(tmp_path)) == [(2, 0)]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_run_that_fails_leaves_the_others_be_and_is_run_again_whole(tmp_path, workers):
     with pytest.raises(ValueError, match="One is not"):
-        run_grid([Squares(1), Squares(2)], failing, tmp_path, study="squares", device="cpu", workers=workers)
-    assert results(run_grid([Squares(1), Squares(2)], squares, tmp_path, study="squares", device="cpu")) == [
+        run_grid([Squares(1), Squares(2)], failing, tmp_path, **OF, workers=workers)
+    assert results(run_grid([Squares(1), Squares(2)], squares, tmp_path, **OF)) == [
         (1, 0),
         (2, 0),
     ]
@@ -72,10 +97,10 @@ def test_a_run_that_fails_leaves_the_others_be_and_is_run_again_whole(tmp_path, 
 
 @pytest.mark.parametrize("cut", [1, 10, 200])
 def test_a_log_that_was_cut_off_is_as_good_as_one_of_fewer_runs(tmp_path, cut):
-    whole = run_grid(GRID, squares, tmp_path, study="squares", device="cpu")
+    whole = run_grid(GRID, squares, tmp_path, **OF)
     log = tmp_path / LOG_FILE
     log.write_bytes(log.read_bytes()[:-cut])
-    assert run_grid(GRID, squares, tmp_path, study="squares", device="cpu") == whole
+    assert run_grid(GRID, squares, tmp_path, **OF) == whole
     assert all(json.loads(line) for line in log.read_text().splitlines())
 
 
@@ -84,33 +109,40 @@ def test_results_are_on_disk_before_the_run_has_ended(tmp_path):
         import os, signal, sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from pathlib import Path
-        from test_grid import Squares, run_grid
+        from test_grid import OF, Squares, run_grid
         def killed(run):
             yield {{"square": 0}}
             os.kill(os.getpid(), signal.SIGKILL)
-        run_grid([Squares(2)], killed, Path({str(tmp_path)!r}), study="squares", device="cpu")
+        run_grid([Squares(2)], killed, Path({str(tmp_path)!r}), **OF)
     """)
     done = subprocess.run([sys.executable, "-c", program], env=os.environ)
     assert done.returncode == -signal.SIGKILL
     assert [line["result"] for line in read_log(tmp_path)] == [{"square": 0}]
-    assert results(run_grid([Squares(2)], squares, tmp_path, study="squares", device="cpu")) == [(2, 0), (2, 1)]
+    assert results(run_grid([Squares(2)], squares, tmp_path, **OF)) == [
+        (2, 0),
+        (2, 1),
+    ]
 
 
 def test_a_run_that_lost_a_result_has_not_ended(tmp_path):
-    run_grid([Squares(3)], squares, tmp_path, study="squares", device="cpu")
+    run_grid([Squares(3)], squares, tmp_path, **OF)
     log = tmp_path / LOG_FILE
     log.write_text("".join(log.read_text().splitlines(keepends=True)[1:]))
-    assert results(run_grid([Squares(3)], squares, tmp_path, study="squares", device="cpu")) == [(3, 0), (3, 1), (3, 4)]
+    assert results(run_grid([Squares(3)], squares, tmp_path, **OF)) == [
+        (3, 0),
+        (3, 1),
+        (3, 4),
+    ]
 
 
 @pytest.mark.parametrize("text", ["my notes\n", '{"step": 1}\n', "[1]\n"])
 def test_a_file_that_is_no_log_is_left_as_it_is(tmp_path, text):
     (tmp_path / LOG_FILE).write_text(text)
     with pytest.raises(ValueError, match=r"Line 1 of .*runs.jsonl is no run of a study: give another --out"):
-        run_grid(GRID, squares, tmp_path, study="squares", device="cpu")
+        run_grid(GRID, squares, tmp_path, **OF)
     assert (tmp_path / LOG_FILE).read_text() == text
 
 
 def test_two_grids_do_not_share_a_folder(tmp_path):
     with alone_in(tmp_path, wait=False), pytest.raises(ValueError, match="Another process runs a study in"):
-        run_grid(GRID, squares, tmp_path, study="squares", device="cpu")
+        run_grid(GRID, squares, tmp_path, **OF)

@@ -41,20 +41,18 @@ study = typer.Typer(
 @study.command()
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A study's folder.")]) -> None:
     """Write a study's tables and figures anew out of its log."""
-    from torch_engram.studies.grid import read_log
+    from torch_engram.studies.grid import all_results
 
-    lines = [line for line in read_log(folder) if "result" in line]
-    if not lines:
-        raise ValueError(f"{folder} has no results of a study: give the --out of one that was run.")
+    lines = all_results(folder)
     _require("matplotlib")
     _write(str(lines[0]["study"]), lines, folder)
 
 
 def _write(name: str, lines: Sequence[Line], folder: Path) -> None:
     from torch_engram.studies.report import write_report
-    from torch_engram.studies.study import find_study
+    from torch_engram.studies.study import report_of
 
-    write_report(find_study(name).report(lines), folder)
+    write_report(report_of(name)(lines), folder)
     typer.echo(f"Log, tables and figures are in {folder}.")
 
 
@@ -63,7 +61,7 @@ def trainings(
     scale: Annotated[str | None, typer.Option(help="small, for a GPU, or tiny, for a try; or what it has.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Of every run; by default as many as it needs.")] = None,
     data: Annotated[str, typer.Option(help="A text file, a folder, or demo for the corpus that ships.")] = "demo",
-    out: Annotated[Path | None, typer.Option(help="Folder for log and report; by default runs/study-NAME.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for log and report; by default runs/NAME-SCALE.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
     workers: Annotated[int, typer.Option(min=1, help="Runs at once.")] = 1,
 ) -> None:
@@ -77,9 +75,10 @@ def trainings(
     from torch_engram.train.build import require_device
 
     name, console = str(context.info_name), Console()
-    folder = Path("runs") / f"study-{Path(name).stem}" if out is None else out
     found = find_study(name)
+    scale = found.scales[0] if scale is None else scale
     runs = found.grid(scale, seeds)
+    folder = Path("runs") / f"{Path(name).stem}-{scale}" if out is None else out
     require_device(device)
     require_writable(folder)
     _require("matplotlib")
@@ -87,7 +86,7 @@ def trainings(
         runs = read_text(runs, data)
     console.print(f"{len(runs)} runs.")
     do = partial(train_run if workers > 1 else _told, data=data, device=device)
-    _write(name, run_grid(runs, do, folder, study=name, device=device, workers=workers), folder)
+    _write(name, run_grid(runs, do, folder, study=name, scale=scale, device=device, workers=workers), folder)
 
 
 for _name, _words in STUDIES.items():
@@ -111,7 +110,7 @@ def _require(*packages: str) -> None:
 @study.command()
 def facts(
     scale: Annotated[str, typer.Option(help="small, for a CPU, or full, for a GPU.")] = "small",
-    out: Annotated[Path, typer.Option(help="Folder for the log, the table and the figure.")] = Path("facts-study"),
+    out: Annotated[Path, typer.Option(help="Folder for log and report.")] = Path("facts-study"),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     workers: Annotated[int, typer.Option(min=1, help="Runs at once.")] = 1,
 ) -> None:
@@ -124,9 +123,10 @@ def facts(
 
     _require("transformers", "peft", "gguf", "matplotlib")
     from torch_engram.bench.results import require_writable
-    from torch_engram.studies.facts.report import rows_of, where, write_report
+    from torch_engram.studies.facts.report import rows_of
     from torch_engram.studies.facts.study import full, run_facts, small
     from torch_engram.studies.grid import run_grid
+    from torch_engram.studies.report import origins
     from torch_engram.train.build import require_device
 
     require_device(device)
@@ -141,11 +141,10 @@ def facts(
         soft_wrap=True,
     )
     do = partial(_watched if workers == 1 else run_facts, device=device)
-    rows = rows_of(run_grid(runs, do, out, study="facts", device=device, workers=workers))
-    console.print(_table(rows))
-    write_report(rows, out)
-    console.print(where(rows), soft_wrap=True, highlight=False)
-    console.print(f"Log, table and figure are in {out}.", soft_wrap=True)
+    lines = run_grid(runs, do, out, study="facts", scale=scale, device=device, workers=workers)
+    console.print(_table(rows_of(lines)))
+    console.print("\n".join(origins(lines)), soft_wrap=True, highlight=False)
+    _write("facts", lines, out)
 
 
 def _watched(run: FactsRun, device: str) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ import gc
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,12 +30,15 @@ Do = Callable[[Any], Iterable[dict[str, Any]]]
 """Runs a run, and yields its results as JSON takes them."""
 
 
-def run_grid(runs: Sequence[Any], do: Do, out: Path, *, study: str, device: str, workers: int = 1) -> list[Line]:
+def run_grid(
+    runs: Sequence[Any], do: Do, out: Path, *, study: str, scale: str, device: str, workers: int = 1
+) -> list[Line]:
     """The log's lines of the results of ``runs``, in their order.
 
-    ``study``: its name, for whoever reads the log. ``do``: of a module, where there are several ``workers``, processes
-    that share the device. A run that fails leaves the others be, and is raised at the end. Raises ``ValueError`` where
-    another grid is being run in ``out``, and for a log that is none.
+    ``study`` and ``scale``: their names, for whoever reads the log. ``do``: of a module, where there are several
+    ``workers``, processes that share the device. A run that fails leaves the others be, and is raised at the end.
+    Raises ``ValueError`` where another grid is being run in ``out``, for a log that is none, and for one of another
+    study or scale.
     """
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
@@ -44,12 +47,14 @@ def run_grid(runs: Sequence[Any], do: Do, out: Path, *, study: str, device: str,
         except BlockingIOError as error:
             raise ValueError(f"Another process runs a study in {out}: wait for it, or give another --out.") from error
         known = _ended(read_log(out))
-        with replacing(out / LOG_FILE) as file:  # of runs that had not ended, nothing is kept
-            file.write("".join(_text(line) for lines in known.values() for line in lines).encode())
+        _require_same(known, study, scale, out)
+        _rewrite(out, known.values())  # of runs that had not ended, nothing is kept
         missing = [run for run in runs if _key(_plain(run)) not in known]
-        where = {"study": study, **dict(zip(ORIGIN, origin(device), strict=True)), "code": revision()}
+        where = {"study": study, "scale": scale, **dict(zip(ORIGIN, origin(device), strict=True)), "code": revision()}
         one = _LoggedRun(do, out / LOG_FILE, where)
         failed = _run_here(missing, one) if workers == 1 else _run_beside(missing, one, workers)
+        known = _ended(read_log(out))  # now in the grid's order, whichever ended first; runs of other grids behind
+        _rewrite(out, [*(known.pop(_key(_plain(run)), []) for run in runs), *known.values()])
         if failed:
             raise failed[0]
     return results(runs, out)
@@ -62,6 +67,15 @@ def results(runs: Sequence[Any], out: Path) -> list[Line]:
     """
     known = _ended(read_log(out))
     return [line for run in runs for line in known.get(_key(_plain(run)), []) if "result" in line]
+
+
+def all_results(out: Path) -> list[Line]:
+    """Those of all runs that have ended, in the log's order. Raises ``ValueError`` as :func:`read_log` does, and where
+    there are none."""
+    lines = [line for lines in _ended(read_log(out)).values() for line in lines if "result" in line]
+    if not lines or "study" not in lines[0]:
+        raise ValueError(f"{out} has no results of a study: give the --out of one that was run.")
+    return lines
 
 
 def read_log(out: Path) -> list[Line]:
@@ -137,6 +151,18 @@ def _ended(lines: Sequence[Line]) -> dict[str, list[Line]]:
     for line in lines:
         found.setdefault(_key(line["run"]), []).append(line)
     return {key: lines for key, lines in found.items() if lines[-1].get("ended") == len(lines) - 1}
+
+
+def _require_same(known: Mapping[str, Sequence[Line]], study: str, scale: str, out: Path) -> None:
+    for line, *_ in known.values():
+        held = line.get("study"), line.get("scale")
+        if "result" in line and held != (study, scale):
+            raise ValueError(f"{out} holds runs of the study {held[0]} at scale {held[1]}: give another --out.")
+
+
+def _rewrite(out: Path, runs: Iterable[Sequence[Line]]) -> None:
+    with replacing(out / LOG_FILE) as file:
+        file.write("".join(_text(line) for lines in runs for line in lines).encode())
 
 
 def _plain(run: Any) -> dict[str, Any]:

@@ -29,9 +29,8 @@ class Study:
     seeds: int = 1
     """How many, unless somebody asks for others."""
 
-    def grid(self, scale: str | None, seeds: int | None) -> list[TrainingRun]:
-        """Its runs, None for what is usual. Raises ``ValueError`` for a scale that there is not."""
-        scale = self.scales[0] if scale is None else scale
+    def grid(self, scale: str, seeds: int | None = None) -> list[TrainingRun]:
+        """Its runs, with as many seeds as it needs for None. Raises ``ValueError`` for a scale that there is not."""
         if scale not in self.scales:
             raise ValueError(f"There is no scale {scale!r}: {nearest(scale, self.scales)}")
         return list(self.runs(scale, self.seeds if seeds is None else seeds))
@@ -50,3 +49,12 @@ def find_study(name: str) -> Study:
         raise ValueError(f"There is no study {name!r}: {nearest(name, STUDIES)}")
     study: Study = importlib.import_module(f"torch_engram.studies.{name}").STUDY
     return study
+
+
+def report_of(name: str) -> Callable[[Sequence[Line]], Report]:
+    """What reports a log, by the study that its lines name. Raises ``ValueError`` where there is none."""
+    if name == "facts":  # trains no model from its start, so it is no Study
+        from torch_engram.studies.facts.report import report
+
+        return report
+    return find_study(name).report

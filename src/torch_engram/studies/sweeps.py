@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -9,14 +10,19 @@ from typing import Any
 
 from torch_engram.analysis.page import nats
 from torch_engram.studies.grid import Line
-from torch_engram.studies.report import Draw, spread
-from torch_engram.studies.training import apart, settings_of
+from torch_engram.studies.report import Draw, Section, spread
+from torch_engram.studies.training import settings_of
 from torch_engram.train import Recipe
 
 PEAK = 989.4e12
 """Operations a second in bf16 of an H100 or H200."""
 HEAD = ("setting", "runs", "validation", "to base", "novel", "seen", "train", "k tokens/s", "MFU", "peak load")
 """Columns of :func:`cells`: nats a token; tokens of the busiest expert over the mean."""
+CAPTION = (
+    "Nats a token of held-out text as one setting changes, the others as in the base, and what that is beyond the base "
+    "of the same seeds. Of several seeds the mean, and half of what lies between the least and the most. Runs that "
+    "share a device slow each other down."
+)
 _SHORT = {"model.engrams.engram.": "", "model.moe.": "", "table.": "table ", "rates.": "rate of "}
 
 
@@ -26,39 +32,61 @@ class Variant:
 
     settings: Mapping[str, Any]
     """All of them, by dotted name."""
-    changed: Mapping[str, Any]
-    """Those that differ; none of the base itself."""
+    changed: Sequence[str]
+    """Names of those that differ; none of the base itself."""
     results: Sequence[Mapping[str, Any]]
 
     @property
     def name(self) -> str:
         """For people."""
-        return ", ".join(f"{_short(name)} {_said(value)}" for name, value in self.changed.items()) or "base"
+        return ", ".join(f"{_short(name)} {_said(self.settings[name])}" for name in self.changed) or "base"
 
     @property
-    def validation(self) -> list[float]:
-        """Nats a token of those that did not go astray."""
-        return [result["validation"] for result in self.results if result["validation"] is not None]
+    def losses(self) -> dict[int, float]:
+        """Nats a held-out token by seed, of those that did not go astray."""
+        scores = {result["seed"]: result["validation"] for result in self.results}
+        return {seed: score for seed, score in scores.items() if score is not None}
+
+    def beyond(self, base: Variant) -> list[float]:
+        """What its seeds lose beyond the same ones of a base."""
+        return [loss - base.losses[seed] for seed, loss in self.losses.items() if seed in base.losses]
 
 
 def variants(lines: Sequence[Line]) -> list[Variant]:
-    """Lines of one model, the first a base's, seeds together; the base comes first."""
-    base = settings_of(Recipe.from_dict(lines[0]["run"]["recipe"]))
-    found: dict[str, tuple[dict[str, Any], list[Any]]] = {}
-    for line in lines:
-        changed = apart(base, settings_of(Recipe.from_dict(line["run"]["recipe"])))
-        found.setdefault(repr(changed), (changed, []))[1].append({**line["result"], "device": line["device"]})
-    return [Variant(base | changed, changed, results) for changed, results in found.values()]
+    """Lines of one model, seeds together. Raises ``ValueError`` where its base has not ended."""
+    found: dict[tuple[str, ...], list[Line]] = {}
+    for line in sorted(lines, key=lambda line: bool(line["run"]["changed"])):  # the base first
+        found.setdefault(tuple(line["run"]["changed"]), []).append(line)
+    if () not in found:
+        raise ValueError(f"No run of the base of {lines[0]['run']['label']} has ended: run the study again, to go on.")
+    return [
+        Variant(
+            settings_of(Recipe.from_dict(same[0]["run"]["recipe"])),
+            [setting.partition("=")[0] for setting in changed],
+            [{**line["result"], "device": line["device"], "seed": line["run"]["recipe"]["seed"]} for line in same],
+        )
+        for changed, same in found.items()
+    ]
+
+
+def sweep_section(lines: Sequence[Line]) -> Section:
+    """The table and the figure of one model's lines. Raises ``ValueError`` as :func:`variants` does."""
+    label, found = lines[0]["run"]["label"], variants(lines)
+    return Section(
+        label, head=HEAD, rows=[cells(one, found[0]) for one in found],
+        figure="sweep-" + re.sub(r"\W+", "-", label.lower()), draw=draw_sweeps(found), caption=CAPTION,
+    )  # fmt: skip
 
 
 def cells(one: Variant, base: Variant) -> tuple[str, ...]:
     """A line of the table."""
-    of = {name: [result[name] for result in one.results] for name in one.results[0]}
-    astray, loads = len(one.validation) < len(one.results), of["expert_peak_load"]
+    names = "validation", "novel", "seen", "train", "tokens_per_second", "expert_peak_load"
+    of = {name: [result[name] for result in one.results] for name in names}
+    astray, loads, beyond = len(one.losses) < len(one.results), of["expert_peak_load"], one.beyond(base)
     shares = [share for result in one.results if (share := utilisation(result)) is not None]
     return (
         one.name, str(len(one.results)), "astray" if astray else spread(of["validation"]),
-        "–" if astray or one is base else nats(fmean(one.validation) - fmean(base.validation), signed=True),
+        "–" if one is base or not beyond else nats(fmean(beyond), signed=True),
         spread(of["novel"]), spread(of["seen"]), spread(of["train"]),
         f"{fmean(of['tokens_per_second']) / 1e3:.0f}",
         f"{100 * fmean(shares):.1f} %" if shares else "–",
@@ -73,14 +101,14 @@ def utilisation(result: Mapping[str, Any]) -> float | None:
 
 
 def draw_sweeps(found: Sequence[Variant]) -> Draw:
-    """The loss over each number that was changed alone; the line across is the base's, as wide as its seeds."""
+    """The loss over each number that was changed alone, with the base of the same seeds; the band is all of its."""
     base = found[0]
     panels: dict[str, list[Variant]] = {}
     for one in found[1:]:
-        if len(one.changed) == 1 and one.validation:
-            (name, value), *_ = one.changed.items()
-            if isinstance(value, int | float) and isinstance(base.settings[name], int | float):
-                panels.setdefault(name, []).append(one)
+        if len(one.changed) == 1 and one.losses:
+            (name,) = one.changed
+            if all(isinstance(each.settings[name], int | float) for each in (base, one)):
+                panels.setdefault(name, [base]).append(one)
 
     def draw(pyplot: Any) -> Any:
         columns = min(4, max(1, len(panels)))
@@ -90,19 +118,28 @@ def draw_sweeps(found: Sequence[Variant]) -> Draw:
         )
         for axis in axes.flat[len(panels) :]:
             axis.set_axis_off()
-        for axis, (name, others) in zip(axes.flat, panels.items(), strict=False):
-            points = sorted((one.settings[name], one.validation) for one in (base, *others))
-            middle = [fmean(losses) for _, losses in points]
-            ends = [[m - min(p) for m, (_, p) in zip(middle, points, strict=True)],
-                    [max(p) - m for m, (_, p) in zip(middle, points, strict=True)]]  # fmt: skip
-            axis.axhspan(min(base.validation), max(base.validation), color="0.9")
-            axis.errorbar([value for value, _ in points], middle, ends, marker="o", markersize=3, capsize=2)
-            axis.set(title=_short(name), xscale="log" if min(points)[0] > 0 else "linear")
+        for axis, (name, points) in zip(axes.flat, panels.items(), strict=False):
+            axis.axhspan(min(base.losses.values()), max(base.losses.values()), color="0.9")
+            _draw_setting(axis, name, points)
         for row in axes:
             row[0].set_ylabel("nats a token")
         return figure
 
     return draw
+
+
+def _draw_setting(axis: Any, name: str, points: Sequence[Variant]) -> None:
+    """Over the values of one setting, of the seeds that all of its points have."""
+    seeds = set.intersection(*(set(one.losses) for one in points))
+    points = sorted(points, key=lambda one: float(one.settings[name]))
+    values = [one.settings[name] for one in points]
+    losses = [[one.losses[seed] for seed in seeds] for one in points]
+    middle = [fmean(each) for each in losses]
+    low, high = ([abs(edge(each) - m) for m, each in zip(middle, losses, strict=True)] for edge in (min, max))
+    axis.errorbar(values, middle, [low, high], marker="o", markersize=3, capsize=2)
+    axis.set(title=_short(name), xscale="log" if values[0] > 0 else "linear")
+    axis.set_xticks(values, [_said(value) for value in values], minor=False)
+    axis.minorticks_off()
 
 
 def row_of(line: Line) -> dict[str, Any]:

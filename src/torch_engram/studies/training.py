@@ -37,6 +37,8 @@ class TrainingRun:
     """Which of the study's models it trains, for people."""
     recipe: Recipe
     """Where it reads and writes, its device and how it is compiled are set by :func:`train_run`."""
+    changed: tuple[str, ...] = ()
+    """Settings in which it differs from the label's base, as ``name=value``; the seed is not among them."""
     text: str = ""
     """Digest of the text, which decides the results too."""
 
@@ -165,14 +167,9 @@ def _whole(batch: Batch, size: int) -> Batch:
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """All settings by dotted name, but those that decide no result."""
+    """All settings by dotted name, but names and places."""
     free = {"name", "data", "out", "cache", "device", "compile", "capture"}
     return {name: value for name, value in _leaves(recipe.to_dict()) if name not in free}
-
-
-def apart(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of ``other`` that differ from ``base``, seeds left out."""
-    return {name: value for name, value in other.items() if name != "seed" and base.get(name) != value}
 
 
 def _leaves(values: Mapping[str, Any], group: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,21 +1,17 @@
-"""The study's results: a row for each run and exposure as CSV, seeds together as a table, and the ways as a figure."""
+"""What the study found: a row for each run and exposure, seeds together as a table, and the ways as a figure."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from torch_engram.durable import replacing
 from torch_engram.studies.facts.other_text import ELSEWHERE, REHEARSED
 from torch_engram.studies.grid import Line
+from torch_engram.studies.report import Draw, Report, Section, origins, spread
 
-CSV_FILE, TABLE, FIGURE = "facts.csv", "facts.md", "facts.svg"
 _BYTES = 4
 """Of a number that is trained."""
 _NAMES = {"untaught": "before", "memory": "memory", "lora": "LoRA", "full": "full"}
@@ -109,59 +105,38 @@ def cells(seeds: Sequence[Row]) -> tuple[str, ...]:
     first, seconds = seeds[0], fmean(row.seconds for row in seeds)
     return (
         first.way, str(first.exposures),
-        *(_spread([100 * getattr(row, share) for row in seeds], 1) for share in shares),
-        *(_spread([getattr(row, text) for row in seeds], 2) for text in texts),
+        *(spread([100 * getattr(row, share) for row in seeds], 1) for share in shares),
+        *(spread([getattr(row, text) for row in seeds], 2) for text in texts),
         *(f"{size / 2**20:.1f}" if size else "-" for size in (first.read, first.trained)),
         f"{seconds:.0f}" if seconds else "-",
     )  # fmt: skip
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
-    mean = f"{fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ±{(max(values) - min(values)) / 2:.{digits}f}"
+def report(lines: Sequence[Line]) -> Report:
+    """The ways, by how often a fact was seen. Raises ``ValueError`` where the untaught model has no result."""
+    rows = rows_of(lines)
+    table = [cells(seeds) for seeds in by_seeds(rows)]
+    ways = Section("Ways", head=HEAD, rows=table, figure="facts", draw=draw_ways(rows), caption=CAPTION)
+    return Report("facts", "Facts taught to a pretrained model", [ways], [vars(row) for row in rows], origins(lines))
 
 
-def where(rows: Sequence[Row]) -> str:
-    """Which machines and which code the rows come from, a line for each."""
-    return "\n".join(dict.fromkeys(f"{row.device}; {row.versions}; {row.code}; {row.date}" for row in rows))
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """The table."""
-    lines = [HEAD, ("---", *("---:" for _ in HEAD[1:])), *map(cells, by_seeds(rows))]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{CAPTION}\n\n{where(rows)}\n"
-
-
-def write_report(rows: Sequence[Row], out: Path) -> None:
-    """``facts.csv``, ``facts.md`` and ``facts.svg`` in a folder."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(Row.__dataclass_fields__)
-    writer.writerows(vars(row).values() for row in rows)
-    with replacing(out / CSV_FILE) as file:
-        file.write(text.getvalue().encode())
-    for name, page in ((TABLE, markdown(rows)), (FIGURE, draw(rows))):
-        with replacing(out / name) as file:
-            file.write(page.encode())
-
-
-def draw(rows: Sequence[Row]) -> str:
-    """The ways over exposures, as SVG: what was learned, and what that did to other text."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    before = next(row for row in rows if row.way == _NAMES["untaught"])
-    known = before.capitals + before.elements
+def draw_ways(rows: Sequence[Row]) -> Draw:
+    """The ways over exposures: what was learned, and what that did to other text."""
+    before = next((row for row in rows if row.way == _NAMES["untaught"]), None)
+    if before is None:
+        raise ValueError(
+            "The log has no result of the untaught model: run the study again, which adds what is missing."
+        )
+    known, perplexity = before.capitals + before.elements, before.elsewhere
     panels: dict[str, Callable[[Row], float]] = {
         "Trained wordings, % right": lambda row: 100 * row.recall,
         "Held-out wordings, % right": lambda row: 100 * row.paraphrase,
         "Capitals and elements, points": lambda row: 50 * (row.capitals + row.elements - known),
-        "Perplexity elsewhere, %": lambda row: 100 * (row.elsewhere / before.elsewhere - 1),
+        "Perplexity elsewhere, %": lambda row: 100 * (row.elsewhere / perplexity - 1),
     }
     marks = sorted({row.exposures for row in rows if row.exposures})
-    with pyplot.rc_context({"svg.hashsalt": "facts", "font.size": 9, "svg.fonttype": "none"}):
+
+    def draw(pyplot: Any) -> Any:
         figure, axes = pyplot.subplots(1, len(panels), figsize=(11, 2.8), layout="constrained")
         for axis, (title, value) in zip(axes, panels.items(), strict=True):
             for number, way in enumerate(list(_NAMES.values())[1:]):
@@ -169,12 +144,10 @@ def draw(rows: Sequence[Row]) -> str:
             axis.set(title=title, xlabel="times seen", xscale="log")
             axis.set_xticks(marks, [str(mark) for mark in marks], minor=False)
             axis.minorticks_off()
-            axis.spines[["top", "right"]].set_visible(False)
-        axes[0].legend(frameon=False)
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
-        pyplot.close(figure)
-    return drawn.getvalue()
+        axes[0].legend()
+        return figure
+
+    return draw
 
 
 def _lines(axis: Any, way: str, colour: str, rows: Sequence[Row], value: Callable[[Row], float]) -> None:
@@ -182,6 +155,6 @@ def _lines(axis: Any, way: str, colour: str, rows: Sequence[Row], value: Callabl
     for label in dict.fromkeys(row.way for row in rows if row.way == way or row.way.startswith(f"{way}, rate")):
         groups = [list(map(value, group)) for group in by_seeds(rows) if group[0].way == label]
         seen = [row.exposures for row, *_ in by_seeds(rows) if row.way == label]
-        spread = [[fmean(group) - min(group) for group in groups], [max(group) - fmean(group) for group in groups]]
+        ends = [[fmean(group) - min(group) for group in groups], [max(group) - fmean(group) for group in groups]]
         look: dict[str, Any] = dict(label=way, marker="o") if label == way else dict(linewidth=0.8, alpha=0.45)
-        axis.errorbar(seen, list(map(fmean, groups)), spread, color=colour, markersize=3, capsize=2, **look)
+        axis.errorbar(seen, list(map(fmean, groups)), ends, color=colour, markersize=3, capsize=2, **look)
