@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from torch_engram import __version__
+from torch_engram.cli.analyze import analyze
 from torch_engram.cli.bench import bench
 from torch_engram.cli.bench_lookup import lookup
 from torch_engram.cli.demo import demo
@@ -56,6 +57,7 @@ app.add_typer(table)
 bench.command()(lookup)
 app.add_typer(bench)
 app.add_typer(study)
+app.add_typer(analyze)
 
 
 def main() -> None:

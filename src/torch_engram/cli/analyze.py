@@ -1,0 +1,9 @@
+"""``engram analyze``: instruments that look into a trained model, into its tables, or into a text."""
+
+from __future__ import annotations
+
+import typer
+
+analyze = typer.Typer(
+    name="analyze", help="Look into a trained model with a memory, and into a text.", no_args_is_help=True
+)
