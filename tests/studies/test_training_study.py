@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,35 +18,8 @@ from torch_engram.studies.training import TrainingRun, read_text, settings_of, t
 from torch_engram.train import Trainer, change
 from torch_engram.train.evaluate import evaluate
 
-WORDS = [
-    "by",
-    "the",
-    "way",
-    "king",
-    "sent",
-    "word",
-    "to",
-    "all",
-    "united",
-    "states",
-    "that",
-    "knew",
-    "of",
-    "no",
-    "such",
-]
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 TIMED = {"seconds", "tokens_per_second"}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    draw = random.Random(0)
-    passage = " ".join(draw.choices(WORDS, k=30))  # some documents repeat it, so that held-out text was seen in part
-    documents = [f"{passage if i % 3 else ''} {' '.join(draw.choices(WORDS, k=40))} {i}" for i in range(200)]
-    path = tmp_path_factory.mktemp("study") / "corpus.txt"
-    path.write_text("\n\f\n".join(documents))
-    return str(path)
 
 
 @pytest.fixture(scope="module")

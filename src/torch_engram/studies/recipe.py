@@ -51,13 +51,13 @@ TABLES = [
     _tables(2, 16, 872_000), _tables(2, 64, 218_000),
     (f"{_ENGRAM}.init_std=0.02",), ("table.weight_decay=0.1",),
 ]  # fmt: skip
-_MEMORY = (*_tables(2, 32, 436_000), "table.lr=0.006")
+MEMORY = (*_tables(2, 32, 436_000), "table.lr=0.006")
 Sweeps = dict[str, tuple[str, Settings, list[Settings]]]
 """By label: a recipe, the base's settings, and what is changed in it, one after the other."""
 SMALL: Sweeps = {
     "MoE, first round": ("small-moe", FIRST, AROUND_FIRST),
     "MoE, second round": ("small-moe", SECOND, [*AROUND_SECOND, *BALANCE]),
-    "Engram": ("small-engram", (*SECOND, *_MEMORY), TABLES),
+    "Engram": ("small-engram", (*SECOND, *MEMORY), TABLES),
     "dense": ("small-dense", SECOND, AROUND_SECOND),
 }
 _SHORT = ("steps=12", "warmup=2", "seq_len=32", "batch_size=4", "model.vocab_size=600", "validation_share=0.1")

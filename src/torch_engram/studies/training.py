@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torch_engram.analysis.seen import seen_before
 from torch_engram.data import IGNORE_INDEX, Batch, PackedBatches
+from torch_engram.studies.controls import control
 from torch_engram.train import Recipe, Trainer
 from torch_engram.train.build import Text, build_text
 from torch_engram.train.evaluate import token_losses
@@ -39,6 +40,8 @@ class TrainingRun:
     """Where it reads and writes, its device and how it is compiled are set by :func:`train_run`."""
     changed: tuple[str, ...] = ()
     """Settings in which it differs from the label's base, as ``name=value``; the seed is not among them."""
+    control: str = ""
+    """What its memory reads instead of its n-grams' rows: a name of :mod:`torch_engram.studies.controls`."""
     text: str = ""
     """Digest of the text, which decides the results too."""
 
@@ -74,6 +77,8 @@ def train_run(run: TrainingRun, data: str, device: str, watch: Watch = lambda st
     with TemporaryDirectory() as folder:  # nothing is written there
         recipe = replace(placed(run.recipe, device), data=data, out=folder)
         trainer = Trainer(recipe, text=_text(recipe))
+        if run.control:
+            control(trainer, run.control)
         with deterministic_kernels(recipe.deterministic):
             losses, speed = _train(trainer, watch)
         curve = [[step, round(fmean(part), 5)] for step, part in _parts(losses)]

@@ -1,0 +1,89 @@
+"""Losses over a number that runs vary: points with their seeds, their table, and the curves of several labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from torch_engram.studies.grid import Line
+from torch_engram.studies.report import Draw, Section, spread
+
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Runs of one label, by what they vary and by seed."""
+
+    label: str
+    points: Mapping[float, Mapping[int, Result]]
+    """Results by x and seed; those that went astray are left out."""
+
+    def losses(self, x: float) -> dict[int, float]:
+        """Nats a held-out token by seed."""
+        return {seed: result["validation"] for seed, result in self.points[x].items()}
+
+    def by_seed(self) -> list[list[float]]:
+        """Of every seed that all points have: the losses in the order of x."""
+        xs = sorted(self.points)
+        seeds = set.intersection(*(set(self.points[x]) for x in xs))
+        return [[self.losses(x)[seed] for x in xs] for seed in sorted(seeds)]
+
+
+def curves(lines: Sequence[Line], x: Callable[[Line], float]) -> list[Curve]:
+    """Of each label, in the log's order."""
+    found: dict[str, dict[float, dict[int, Result]]] = {}
+    for line in lines:
+        if line["result"]["validation"] is not None:
+            point = found.setdefault(line["run"]["label"], {}).setdefault(x(line), {})
+            point[line["run"]["recipe"]["seed"]] = line["result"]
+    return [Curve(label, points) for label, points in found.items()]
+
+
+def curve_section(
+    heading: str, found: Sequence[Curve], x_label: str, words: tuple[str, ...] = (), *, log: bool = False
+) -> Section:
+    """Their table and their figure, named as the heading is."""
+    name = heading.lower().replace(" ", "-")
+    rows = [
+        (
+            curve.label,
+            f"{x:.3g}",
+            str(len(point)),
+            *(spread([one[score] for one in point.values()]) for score in _SCORES),
+        )
+        for curve in found
+        for x, point in sorted(curve.points.items())
+    ]
+    return Section(
+        heading, words, head=("", x_label, "runs", *_SCORES), rows=rows,
+        figure=name, draw=draw_curves(found, x_label, log), caption=CAPTION,
+    )  # fmt: skip
+
+
+_SCORES = "validation", "novel", "seen", "train"
+CAPTION = (
+    "Nats a token of held-out text, of its tokens that end no 13-gram of the trained text (novel) and that do (seen), "
+    "and of the last steps' own batches. Of several seeds the mean, and half of what lies between the least and the "
+    "most; bars are these ends."
+)
+
+
+def draw_curves(found: Sequence[Curve], x_label: str, log: bool = False) -> Draw:
+    """A line a label, with bars from the least to the most of its seeds."""
+
+    def draw(pyplot: Any) -> Any:
+        figure, axis = pyplot.subplots(figsize=(5.6, 3.6), layout="constrained")
+        for curve in found:
+            xs = sorted(curve.points)
+            losses = [list(curve.losses(x).values()) for x in xs]
+            middle = [fmean(each) for each in losses]
+            ends = [[abs(edge(each) - m) for m, each in zip(middle, losses, strict=True)] for edge in (min, max)]
+            axis.errorbar(xs, middle, ends, marker="o", markersize=3, capsize=2, label=curve.label)
+        axis.set(xlabel=x_label, ylabel="nats a token", xscale="log" if log else "linear")
+        axis.legend()
+        return figure
+
+    return draw

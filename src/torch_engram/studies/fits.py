@@ -1,0 +1,77 @@
+"""Fits with intervals of confidence, of 95 %: means, straight lines, the lowest point of a parabola."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Numbers = NDArray[np.float64]
+DRAWS = 2000
+"""Of a bootstrap."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, and the ends of its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g})"
+
+
+@dataclass(frozen=True)
+class Line:
+    """``y = intercept + slope * x`` by least squares."""
+
+    intercept: float
+    slope: Estimate
+    r_squared: float
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """Of a normal distribution, by Student's t; of paired differences, say. Needs two values."""
+    from scipy import stats
+
+    found = np.asarray(values, np.float64)
+    half = stats.t.ppf(0.975, len(found) - 1) * stats.sem(found)
+    return Estimate(float(found.mean()), float(found.mean() - half), float(found.mean() + half))
+
+
+def sigmas(values: Sequence[float]) -> float:
+    """The mean over its standard error."""
+    found = np.asarray(values, np.float64)
+    return float(found.mean() / (found.std(ddof=1) / len(found) ** 0.5))
+
+
+def line(x: ArrayLike, y: ArrayLike) -> Line:
+    """A straight line through three points or more; the slope's interval by Student's t."""
+    from scipy import stats
+
+    x_, y_ = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    found = stats.linregress(x_, y_)
+    half = stats.t.ppf(0.975, len(x_) - 2) * found.stderr
+    slope = Estimate(float(found.slope), float(found.slope - half), float(found.slope + half))
+    return Line(float(found.intercept), slope, float(found.rvalue**2))
+
+
+def lowest(x: ArrayLike, y: ArrayLike, seed: int = 0) -> Estimate:
+    """Where the parabola through ``y [seeds, points]`` is lowest within the points ``x``; the interval by drawing seeds
+    with replacement, which wants three seeds or more to mean something."""
+    x_, y_ = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    draws = np.random.default_rng(seed).integers(len(y_), size=(DRAWS, len(y_)))
+    drawn = [_lowest(x_, y_[draw].mean(0)) for draw in draws]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Estimate(_lowest(x_, y_.mean(0)), float(low), float(high))
+
+
+def _lowest(x: Numbers, y: Numbers) -> float:
+    a, b, _ = np.polyfit(x, y, 2)
+    ends = [float(x.min()), float(x.max())]
+    inner = [-b / (2 * a)] if a > 0 and ends[0] < -b / (2 * a) < ends[1] else []
+    return float(min([*inner, *ends], key=lambda at: a * at * at + b * at))

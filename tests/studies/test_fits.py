@@ -1,0 +1,47 @@
+"""Fits find what points were made of, and their intervals hold it as often as they say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("scipy")
+
+from torch_engram.studies.fits import line, lowest, mean, sigmas
+
+DRAW = np.random.default_rng(0)
+
+
+def test_a_line_is_found_again() -> None:
+    x = np.log10([1e5, 3e5, 1e6, 3e6, 1e7])
+    found = line(x, 3.0 - 0.028 * x)
+    assert found.slope.value == pytest.approx(-0.028) and found.intercept == pytest.approx(3.0)
+    assert found.r_squared == pytest.approx(1) and found.slope.high - found.slope.low < 1e-6
+
+
+def test_intervals_hold_the_truth_in_some_95_of_100() -> None:
+    x, held, slopes = np.arange(6.0), 0, 0
+    for _ in range(1000):
+        sample = mean(DRAW.normal(0.03, 0.02, 5).tolist())
+        held += sample.low < 0.03 < sample.high
+        slope = line(x, -0.5 * x + DRAW.normal(0, 1, 6)).slope
+        slopes += slope.low < -0.5 < slope.high
+    assert 925 < held < 975 and 925 < slopes < 975
+
+
+def test_sigmas_are_standard_errors_of_the_mean() -> None:
+    assert sigmas([1.0, 2.0, 3.0]) == pytest.approx(2 / (1 / 3**0.5))
+
+
+def test_the_lowest_point_of_a_parabola_and_of_what_is_none() -> None:
+    x = np.linspace(0.2, 1, 7)
+    seeds = (x - 0.77) ** 2 + DRAW.normal(0, 1e-3, (3, 1))  # what seeds share moves no minimum
+    found = lowest(x, seeds)
+    assert found.value == pytest.approx(0.77) and found.low == pytest.approx(0.77) == found.high
+    assert lowest(x, np.tile(-x, (3, 1))).value == 1 and lowest(x, np.tile(-((x - 0.5) ** 2), (3, 1))).value == 1
+
+
+def test_the_lowest_point_is_as_uncertain_as_seeds_differ() -> None:
+    x = np.linspace(0.2, 1, 7)
+    found = lowest(x, [(x - at) ** 2 for at in (0.6, 0.7, 0.8)])
+    assert found.value == pytest.approx(0.7) and 0.59 < found.low < 0.65 and 0.75 < found.high < 0.81
