@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,27 +13,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-MINE = """
-from torch_engram.studies.report import Report, origins
-from torch_engram.studies.study import Study
-from torch_engram.studies.training import TrainingRun
-from torch_engram.train import change, get_recipe
-
-SHORT = "steps=2", "warmup=1", "seq_len=16", "batch_size=2", "model.vocab_size=300", "validation_share=0.1"
-
-
-def runs(scale, seeds):
-    recipe = change(get_recipe("tiny"), SHORT)
-    return [TrainingRun("tiny", change(recipe, [f"seed={seed}"])) for seed in range(seeds)]
-
-
-def report(lines):
-    rows = [{"seed": line["run"]["recipe"]["seed"], "nats": line["result"]["validation"]} for line in lines]
-    return Report("mine", "Two seeds", [], rows, origins(lines))
-
-
-STUDY = Study(("short",), runs, report, seeds=2)
-"""
+PAGE = Path(__file__).parents[2] / "docs" / "studies.md"
 
 
 @pytest.fixture
@@ -80,7 +60,7 @@ def test_a_package_that_is_missing_is_named(engram, tmp_path, monkeypatch):
     ("words", "said"),
     [
         (["recipe", "--scale", "huge"], "There is no scale 'huge': choose one of 'small', 'tiny'."),
-        (["my.py"], "There is no file my.py: give a study's file, or one of recipe."),
+        (["my.py"], "There is no file my.py: give a study's file, or one of recipe, allocation."),
         (["empty.py"], "empty.py has no STUDY: let it hold a torch_engram.studies.study.Study of that name."),
     ],
 )
@@ -102,7 +82,7 @@ def test_a_report_of_a_folder_without_a_log(engram, here, folder):
 def test_a_log_gives_the_report_again(engram, here, corpus_file):
     done = engram("study", "recipe", "--scale", "tiny", "--device", "cpu", "--data", corpus_file, "--out", "out")
     assert done.code == 0, done
-    made = {path: path.read_bytes() for path in (here / "out").iterdir() if path.name.startswith("recipe")}
+    made = {path: path.read_bytes() for path in (here / "out").iterdir() if path.name != "runs.jsonl"}
     assert {path.suffix for path in made} == {".md", ".csv", ".html", ".svg", ".png"}
     for path in made:
         path.unlink()
@@ -110,17 +90,17 @@ def test_a_log_gives_the_report_again(engram, here, corpus_file):
     assert {path: path.read_bytes() for path in made} == made
 
 
-def test_a_study_of_ones_own(engram, here, corpus_file):
-    (here / "my_study.py").write_text(MINE)
-    words = "study", "my_study.py", "--scale", "short", "--device", "cpu", "--data", corpus_file, "--out", "out"
-    done = engram(*words)
+def test_the_page_s_study_of_ones_own(engram, here, corpus_file):
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (here / "convolution.py").write_text(code)
+    words = "study", "convolution.py", "--scale", "tiny", "--device", "cpu", "--data", corpus_file, "--out", "out"
+    done = engram(*words, "--seeds", "1")
     assert done.code == 0 and "2 runs." in done.out, done
     log = (here / "out" / "runs.jsonl").read_text()
     results = [line for line in map(json.loads, log.splitlines()) if "result" in line]
-    assert [line["study"] for line in results] == ["my_study.py"] * 2
-    with open(here / "out" / "mine.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["seed"], float(row["nats"]) > 0) for row in rows] == [("0", True), ("1", True)]
-    (here / "out" / "mine.md").unlink()
-    assert engram("study", "report", "out").code == 0 and "# Two seeds" in (here / "out" / "mine.md").read_text()
-    assert engram(*words).code == 0 and (here / "out" / "runs.jsonl").read_text() == log
+    assert [line["study"] for line in results] == ["convolution.py"] * 2
+    table = (here / "out" / "convolution.md").read_text()
+    assert "| base | 1 |" in table and "| conv kernel 0 | 1 |" in table
+    (here / "out" / "convolution.md").unlink()
+    assert engram("study", "report", "out").code == 0 and (here / "out" / "convolution.md").read_text() == table
+    assert engram(*words, "--seeds", "1").code == 0 and (here / "out" / "runs.jsonl").read_text() == log
