@@ -60,7 +60,7 @@ def test_a_package_that_is_missing_is_named(engram, tmp_path, monkeypatch):
     ("words", "said"),
     [
         (["recipe", "--scale", "huge"], "There is no scale 'huge': choose one of 'small', 'tiny'."),
-        (["my.py"], "There is no file my.py: give a study's file, or one of recipe, allocation."),
+        (["my.py"], "There is no file my.py: give a study's file, or one of recipe, allocation, slots."),
         (["empty.py"], "empty.py has no STUDY: let it hold a torch_engram.studies.study.Study of that name."),
     ],
 )

@@ -1,4 +1,4 @@
-"""Fits with intervals of confidence, of 95 %: means, straight lines, the lowest point of a parabola."""
+"""Fits with intervals of confidence, of 95 %: means, lines, power laws, the lowest point of a parabola."""
 
 from __future__ import annotations
 
@@ -34,6 +34,15 @@ class Line:
     r_squared: float
 
 
+@dataclass(frozen=True)
+class Power:
+    """``y = floor + factor * x ** -exponent`` by least squares."""
+
+    floor: float
+    exponent: Estimate
+    r_squared: float
+
+
 def mean(values: Sequence[float]) -> Estimate:
     """Of a normal distribution, by Student's t; of paired differences, say. Needs two values."""
     from scipy import stats
@@ -49,7 +58,7 @@ def sigmas(values: Sequence[float]) -> float:
     return float(found.mean() / (found.std(ddof=1) / len(found) ** 0.5))
 
 
-def line(x: ArrayLike, y: ArrayLike) -> Line:
+def straight(x: ArrayLike, y: ArrayLike) -> Line:
     """A straight line through three points or more; the slope's interval by Student's t."""
     from scipy import stats
 
@@ -58,6 +67,30 @@ def line(x: ArrayLike, y: ArrayLike) -> Line:
     half = stats.t.ppf(0.975, len(x_) - 2) * found.stderr
     slope = Estimate(float(found.slope), float(found.slope - half), float(found.slope + half))
     return Line(float(found.intercept), slope, float(found.rvalue**2))
+
+
+def power(x: ArrayLike, y: ArrayLike) -> Power | None:
+    """A power law of positive ``x`` through four points or more; intervals by the fit's covariance, which is that of a
+    straight line near the optimum. None where no law of that kind is found."""
+    from scipy import optimize, stats
+
+    x_, y_ = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    scale = float(np.exp(np.log(x_).mean()))  # around 1, where factor and exponent say different things
+
+    def law(at: Numbers, floor: float, factor: float, exponent: float) -> Numbers:
+        found: Numbers = floor + factor * (at / scale) ** -exponent
+        return found
+
+    start = y_.min() - np.ptp(y_), np.ptp(y_), 0.2
+    try:
+        (floor, factor, exponent), covariance = optimize.curve_fit(law, x_, y_, start, maxfev=20_000)
+    except RuntimeError:
+        return None
+    half = float(stats.t.ppf(0.975, len(x_) - 3) * covariance[2, 2] ** 0.5)
+    left = ((y_ - law(x_, floor, factor, exponent)) ** 2).sum() / ((y_ - y_.mean()) ** 2).sum()
+    return Power(
+        float(floor), Estimate(float(exponent), float(exponent) - half, float(exponent) + half), float(1 - left)
+    )
 
 
 def lowest(x: ArrayLike, y: ArrayLike, seed: int = 0) -> Estimate:

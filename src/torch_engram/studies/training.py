@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,8 +18,9 @@ from torch import Tensor
 from torch_engram.analysis.seen import seen_before
 from torch_engram.data import IGNORE_INDEX, Batch, PackedBatches
 from torch_engram.studies.controls import control
+from torch_engram.studies.ways import build_way
 from torch_engram.train import Recipe, Trainer
-from torch_engram.train.build import Text, build_text
+from torch_engram.train.build import Text, build_decoder, build_text
 from torch_engram.train.evaluate import token_losses
 from torch_engram.train.guards import deterministic_kernels
 
@@ -42,6 +44,8 @@ class TrainingRun:
     """Settings in which it differs from the label's base, as ``name=value``; the seed is not among them."""
     control: str = ""
     """What its memory reads instead of its n-grams' rows: a name of :mod:`torch_engram.studies.controls`."""
+    way: str = ""
+    """How n-grams are used, where not by an Engram: a name of :data:`torch_engram.studies.ways.WAYS`."""
     text: str = ""
     """Digest of the text, which decides the results too."""
 
@@ -71,12 +75,13 @@ def train_run(run: TrainingRun, data: str, device: str, watch: Watch = lambda st
     ``validation`` and, of tokens that end a 13-gram of the trained text or do not, ``seen`` and ``novel``: nats a token
     on the whole held-out split, None after a run that went astray; ``seen_share`` of its tokens; ``train``, the mean
     loss of the last steps; ``curve``, pairs of step and mean loss; ``tokens_per_second`` of all but the first steps;
-    ``flops`` of a trained token, forward and backward; ``expert_peak_load``; sizes in parameters; seconds.
+    ``flops`` of a trained token, forward and backward, and ``sizes`` in parameters, by the accounting of Engrams;
+    ``parameters`` of the network, by counting; ``expert_peak_load``; seconds.
     """
     begun = time.perf_counter()
     with TemporaryDirectory() as folder:  # nothing is written there
         recipe = replace(placed(run.recipe, device), data=data, out=folder)
-        trainer = Trainer(recipe, text=_text(recipe))
+        trainer = Trainer(recipe, text=_text(recipe), decoder=partial(build_way, run.way) if run.way else build_decoder)
         if run.control:
             control(trainer, run.control)
         with deterministic_kernels(recipe.deterministic):
@@ -92,6 +97,7 @@ def train_run(run: TrainingRun, data: str, device: str, watch: Watch = lambda st
             "tokens": trainer.tokens_per_step * len(losses),
             "tokens_per_second": speed,
             "flops": 3 * account.flops,
+            "parameters": sum(parameter.numel() for parameter in trainer.decoder.parameters()),
             "expert_peak_load": trainer.expert_peak_load,
             "sizes": {name: getattr(account, name) for name in ("total", "active", "tables", "embedding", "rho")},
             "seconds": time.perf_counter() - begun,

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from torch_engram.data import IGNORE_INDEX, Batch, PackedBatches, TokenFile
 from torch_engram.memory import Tokens, WorkingSet
+from torch_engram.models import Decoder, DecoderConfig
 from torch_engram.models.accounting import Account, account
 from torch_engram.train.build import (
     Text,
@@ -85,6 +86,7 @@ class Trainer:
 
     ``group``: the ranks of :mod:`torch.distributed` that train it together, each on its own micro-batches; all of them
     then do the same, and its collectives take tensors of the host and of the device (``cpu:gloo,cuda:nccl``).
+    ``decoder``: makes the model of the recipe and its configuration, for one that has other modules.
     Raises ``ValueError`` naming what is wrong with the recipe, the corpus, the device or the checkpoint.
     """
 
@@ -95,6 +97,7 @@ class Trainer:
         resume_run: bool = False,
         text: Text | None = None,
         group: ProcessGroup | None = None,
+        decoder: Callable[[Recipe, DecoderConfig], Decoder] = build_decoder,
     ):
         self.ranks = ranks = ranks_of(group, recipe.device)
         require_machine(recipe, ranks.size)
@@ -102,7 +105,7 @@ class Trainer:
         self.folder = Path(recipe.out) / recipe.name
         self.text = text if text is not None else ranks.first(lambda: build_text(recipe))
         model = fit_to_text(recipe.model, self.text.tokenizer, self.text.vocab)
-        self.decoder = build_decoder(recipe, model)
+        self.decoder = decoder(recipe, model)
         ranks.divide(self.decoder)
         self.banks = build_banks(recipe, model, self.text.vocab, ranks)
         self.data = PackedBatches(self.text.files.train, recipe.batch_size, recipe.seq_len, recipe.seed)
