@@ -1,4 +1,4 @@
-"""``engram trace`` and ``engram gates`` as a user runs them."""
+"""``engram trace`` and ``engram gates`` as a user runs them, and what all such verbs say of a model without memory."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from torch_engram.analysis import gate_map
+from torch_engram.cli.analyze_tables import collisions, usage
 from torch_engram.cli.gates import gates
 from torch_engram.cli.trace import trace
 from torch_engram.train import Loaded, Trainer
@@ -21,6 +22,8 @@ from torch_engram.train import Loaded, Trainer
 APP = typer.Typer()
 APP.command()(trace)
 APP.command()(gates)
+APP.command()(usage)
+APP.command()(collisions)
 
 
 def run(*arguments: str) -> str:
@@ -106,6 +109,10 @@ def test_a_checkpoint_without_memory(dense: Trainer) -> None:
         run("trace", "--checkpoint", str(dense.folder), "--text", "a")
     with pytest.raises(ValueError, match="no memory"):
         run("gates", str(dense.folder), "--text", "a")
+    with pytest.raises(ValueError, match="no memory"):
+        run("usage", str(dense.folder))
+    with pytest.raises(ValueError, match="no memory"):
+        run("collisions", "--checkpoint", str(dense.folder), "--text", "demo")
 
 
 def test_gates_in_the_terminal_and_as_a_page(checkpoint: Path, loaded: Loaded, tmp_path: Path) -> None:

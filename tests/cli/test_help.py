@@ -8,11 +8,16 @@ import sys
 import pytest
 import typer
 
-VERBS = ("demo", "finetune", "eval", "train", "recipes", "sample", "trace", "gates", "plan", "table", "bench", "study")
+VERBS = (
+    "demo", "finetune", "eval", "train", "recipes", "sample", "trace", "gates", "plan", "table", "bench", "study",
+    "analyze",
+)  # fmt: skip
 SUBVERBS = (
     ["bench", "ops"], ["bench", "step"], ["bench", "lookup"],
     ["table", "info"], ["table", "verify"], ["table", "synth"], ["table", "convert"],
     ["table", "export"], ["study", "facts"], ["study", "recipe"], ["study", "report"],
+    ["study", "allocation"], ["study", "slots"],
+    ["analyze", "collisions"], ["analyze", "usage"], ["analyze", "lens"], ["analyze", "cka"],
 )  # fmt: skip
 
 
@@ -61,7 +66,7 @@ def test_every_verb_and_every_option_has_help_text():
 
     command = typer.main.get_command(app)
     assert set(command.commands) == set(VERBS)
-    groups = {group: command.commands[group].commands for group in ("bench", "table", "study")}
+    groups = {group: command.commands[group].commands for group in ("bench", "table", "study", "analyze")}
     below = {f"{group} {name}": verb for group, verbs in groups.items() for name, verb in verbs.items()}
     assert set(below) == {" ".join(words) for words in SUBVERBS}
     for name, verb in {**command.commands, **below}.items():

@@ -55,7 +55,7 @@ def number_ngrams(addressing: Addressing, tokens: _Ints, doc_starts: _Ints) -> N
     ``tokens``: raw ids ``[T]``. ``doc_starts``: the index of each document's first token. Holds some ten integers a
     token. Raises ``ValueError`` for an id outside the vocabulary.
     """
-    config, windows = addressing.config, _windows(addressing, tokens, doc_starts).numpy()
+    config, windows = addressing.config, text_windows(addressing, tokens, doc_starts).numpy()
     numbers, found, used = windows[:, 0], np.empty((len(config.orders), len(tokens)), np.int32), 0
     for place, order in enumerate(config.orders):
         # Numbering what is there before each step keeps the integers below T·V, which fits where V^n would not.
@@ -70,7 +70,7 @@ def number_rows(addressing: Addressing, tokens: _Ints, doc_starts: _Ints) -> Ngr
 
     Takes and raises what :func:`number_ngrams` does. Holds some twenty integers a token.
     """
-    config, windows = addressing.config, _windows(addressing, tokens, doc_starts)
+    config, windows = addressing.config, text_windows(addressing, tokens, doc_starts)
     heads = config.per_order("heads")
     columns = [sum(heads[:place]) for place in range(len(heads))]
     rows = np.empty((len(columns), len(windows)), np.int64)
@@ -81,7 +81,7 @@ def number_rows(addressing: Addressing, tokens: _Ints, doc_starts: _Ints) -> Ngr
     return Ngrams(config.orders, numbers.reshape(rows.shape).astype(np.int32))
 
 
-def _windows(addressing: Addressing, tokens: _Ints, doc_starts: _Ints) -> torch.Tensor:
+def text_windows(addressing: Addressing, tokens: _Ints, doc_starts: _Ints) -> torch.Tensor:
     """The canonical windows of a text: int64 ``[T, N]``."""
     starts = torch.zeros(1, len(tokens), dtype=torch.bool)
     starts[0, torch.from_numpy(np.array(doc_starts, np.int64))] = True

@@ -20,7 +20,7 @@ from torch_engram.data import IGNORE_INDEX, Batch, PackedBatches
 from torch_engram.studies.controls import control
 from torch_engram.studies.ways import build_way
 from torch_engram.train import Recipe, Trainer
-from torch_engram.train.build import Text, build_decoder, build_text
+from torch_engram.train.build import Text, build_text
 from torch_engram.train.evaluate import token_losses
 from torch_engram.train.guards import deterministic_kernels
 
@@ -81,7 +81,7 @@ def train_run(run: TrainingRun, data: str, device: str, watch: Watch = lambda st
     begun = time.perf_counter()
     with TemporaryDirectory() as folder:  # nothing is written there
         recipe = replace(placed(run.recipe, device), data=data, out=folder)
-        trainer = Trainer(recipe, text=_text(recipe), decoder=partial(build_way, run.way) if run.way else build_decoder)
+        trainer = Trainer(recipe, text=_text(recipe), decoder=partial(build_way, run.way) if run.way else None)
         if run.control:
             control(trainer, run.control)
         with deterministic_kernels(recipe.deterministic):

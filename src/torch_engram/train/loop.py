@@ -97,7 +97,7 @@ class Trainer:
         resume_run: bool = False,
         text: Text | None = None,
         group: ProcessGroup | None = None,
-        decoder: Callable[[Recipe, DecoderConfig], Decoder] = build_decoder,
+        decoder: Callable[[Recipe, DecoderConfig], Decoder] | None = None,
     ):
         self.ranks = ranks = ranks_of(group, recipe.device)
         require_machine(recipe, ranks.size)
@@ -105,7 +105,7 @@ class Trainer:
         self.folder = Path(recipe.out) / recipe.name
         self.text = text if text is not None else ranks.first(lambda: build_text(recipe))
         model = fit_to_text(recipe.model, self.text.tokenizer, self.text.vocab)
-        self.decoder = decoder(recipe, model)
+        self.decoder = (decoder or build_decoder)(recipe, model)
         ranks.divide(self.decoder)
         self.banks = build_banks(recipe, model, self.text.vocab, ranks)
         self.data = PackedBatches(self.text.files.train, recipe.batch_size, recipe.seq_len, recipe.seed)
