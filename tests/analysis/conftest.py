@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hub_models import hub_model, word_tokenizer
 
 from torch_engram.config import EngramConfig
 from torch_engram.data import DOCUMENT_SEPARATOR
@@ -69,3 +71,22 @@ def seen(trainer: Trainer) -> list[Batch]:
     """The batches that the run was trained on."""
     recipe = trainer.recipe
     return [trainer.data.batch(number) for number in range(recipe.steps * recipe.accumulation)]
+
+
+@pytest.fixture(scope="session")
+def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama that was saved with a memory, whose rows are not zero."""
+    transformers = pytest.importorskip("transformers")
+    from torch_engram.hub import attach, config_for
+
+    transformers.logging.disable_progress_bar()
+    model = hub_model("llama")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=word_tokenizer(), pad_token="<pad>", eos_token="<end>"
+    )
+    fields: dict[str, Any] = dict(layers=(0, 1), heads=2, row_dim=8, rows_per_head=300, init_std=0.5)
+    attach(model, tokenizer, config_for(model, tokenizer, **fields))
+    folder = tmp_path_factory.mktemp("hub") / "llama"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

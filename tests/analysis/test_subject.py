@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from hub_models import WORDS, hub_model, word_tokenizer
 from torch import Tensor
 
 from torch_engram.analysis.lens import logit_lens
@@ -19,8 +19,6 @@ from torch_engram.models import Decoder, DecoderConfig
 from torch_engram.train import Loaded, Trainer
 from torch_engram.train.evaluate import read_memory
 
-WORDS = ["<end>", "<pad>", "<unknown>", *(f"w{number}" for number in range(3, 64))]
-
 
 def batch(vocab: int, length: int = 12) -> Batch:
     """Two sequences, the second with a document that begins in its midst."""
@@ -30,42 +28,6 @@ def batch(vocab: int, length: int = 12) -> Batch:
     targets = tokens[:, 1:].clone()
     targets[1, 4] = IGNORE_INDEX
     return Batch(tokens[:, :-1].contiguous(), targets, starts)
-
-
-def word_tokenizer() -> Tokenizer:
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unknown>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return tokenizer
-
-
-def hub_model(kind: str, **changes: Any) -> Any:
-    transformers = pytest.importorskip("transformers")
-    common = dict(
-        vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=48, max_position_embeddings=128, pad_token_id=1, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    config = transformers.AutoConfig.for_model(kind, **(common | changes))
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-
-
-@pytest.fixture(scope="module")
-def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama that was saved with a memory, whose rows are not zero."""
-    transformers = pytest.importorskip("transformers")
-    from torch_engram.hub import attach, config_for
-
-    transformers.logging.disable_progress_bar()
-    model = hub_model("llama")
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=word_tokenizer(), pad_token="<pad>", eos_token="<end>"
-    )
-    fields: dict[str, Any] = dict(layers=(0, 1), heads=2, row_dim=8, rows_per_head=300, init_std=0.5)
-    attach(model, tokenizer, config_for(model, tokenizer, **fields))
-    folder = tmp_path_factory.mktemp("hub") / "llama"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 # -- this library's decoder -------------------------------------------------------------------------------------------

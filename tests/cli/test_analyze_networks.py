@@ -1,4 +1,4 @@
-"""``engram analyze lens`` and ``engram analyze cka`` as a user runs them."""
+"""``engram analyze lens``, ``cka``, ``ablate`` and ``locate`` as a user runs them."""
 
 from __future__ import annotations
 
@@ -90,3 +90,32 @@ def test_models_of_different_tokenizers(
     assert engram_process("train", "tiny", *tiny, *settings).code == 0
     done = engram("analyze", "cka", str(trained), str(tmp_path / "tiny"))
     assert done.code == 1 and "have different tokenizers" in done.err
+
+
+def test_a_memory_switched_off_by_text(engram: Command, trained: Path, corpus_file: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second.txt"
+    second.write_text("the king and the horse, the horse and the king. " * 40)
+    words = ("analyze", "ablate", str(trained), "--text", str(corpus_file), "--text", str(second), "--tokens", "400")
+    found = json.loads(engram(*words, "--json").out)
+    assert list(found) == [str(corpus_file), str(second)]
+    for one in found.values():
+        assert one["without"] != one["whole"] and set(one["without_one"]) == {"engram at 1"}
+        assert one["without_one"]["engram at 1"] == pytest.approx(one["without"], rel=1e-6)
+    shown, first = engram(*words).out, found[str(corpus_file)]
+    assert "without engram at 1" in shown and f"{first['whole']:.4f}" in shown
+
+
+def test_where_an_answer_comes_from(engram: Command, trained: Path) -> None:
+    words = ("analyze", "locate", str(trained), "--prompt", "By the way, the", "--answer", " king")
+    found = json.loads(engram(*words, "--json").out)
+    assert found["log_probability"] != found["without"]
+    best = found["carriers"][0]
+    assert best["lost"] == max(one["lost"] for one in found["carriers"]) and best["text"] in "By the way, the king"
+    shown = engram(*words, "--top", "1").out
+    assert repr(best["text"]) in shown and f"{best['lost']:+.4f}" in shown and "without a memory" in shown
+    assert "need a token each" in engram(*words[:3], "--prompt", "", "--answer", "king").err
+
+
+def test_a_model_without_a_memory_has_nothing_to_switch_off(engram: Command, other: Path) -> None:
+    done = engram("analyze", "ablate", str(other), "--tokens", "200")
+    assert done.code == 1 and "has no memory to switch off" in done.err

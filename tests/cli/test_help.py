@@ -18,6 +18,7 @@ SUBVERBS = (
     ["table", "export"], ["study", "facts"], ["study", "recipe"], ["study", "report"],
     ["study", "allocation"], ["study", "slots"],
     ["analyze", "collisions"], ["analyze", "usage"], ["analyze", "lens"], ["analyze", "cka"],
+    ["analyze", "ablate"], ["analyze", "locate"],
 )  # fmt: skip
 
 

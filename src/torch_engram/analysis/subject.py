@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from torch_engram.data import Batch, load_tokenizer
-from torch_engram.fusion import Engram
+from torch_engram.config import EngramConfig
+from torch_engram.data import IGNORE_INDEX, Batch, load_tokenizer
 from torch_engram.memory import MemoryBank
 from torch_engram.models import Decoder
 from torch_engram.train import open_checkpoint
@@ -43,6 +43,16 @@ class Subject(Protocol):
 
     def disabled(self) -> AbstractContextManager[None]:
         """Within, the model runs as if it had no memory."""
+
+    @property
+    def engrams(self) -> dict[tuple[str, int], nn.Module]:
+        """The module that adds a memory, by its name and block: called with streams and embeddings ``[B, T, E]``."""
+
+    def config(self, name: str) -> EngramConfig:
+        """Of a memory."""
+
+    def log_probabilities(self, batch: Batch) -> Tensor:
+        """Of every target, in nats: fp32 ``[B, T]``, 0 where there is none. With a graph where gradients are on."""
 
 
 def open_subject(path: Path, device: str = "cpu") -> Subject:
@@ -108,16 +118,29 @@ class DecoderSubject:
         """As of :class:`Subject`."""
         return F.linear(self.decoder.norm(states), self.decoder.head.weight, self.decoder.pad_bias).float()
 
+    @property
+    def engrams(self) -> dict[tuple[str, int], nn.Module]:
+        """As of :class:`Subject`."""
+        names = self.decoder.config.engrams
+        blocks = list(enumerate(self.decoder.blocks))
+        return {(name, layer): block.get_submodule(f"engrams.{name}") for name, own in names.items()
+                for layer, block in blocks if layer in own.layers}  # fmt: skip
+
+    def config(self, name: str) -> EngramConfig:
+        """As of :class:`Subject`."""
+        return self.banks[name].config
+
+    def log_probabilities(self, batch: Batch) -> Tensor:
+        """As of :class:`Subject`."""
+        there = batch.to(self.decoder.embedding.weight.device)
+        logits = self.decoder(there.tokens, read_memory(self.banks, batch), doc_start=there.doc_start)
+        return _of_targets(logits, there.targets)
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within, every Engram hands its streams on as they are (arXiv 2601.07372, section 6.3, suppresses it so)."""
-        engrams = [module for module in self.decoder.modules() if isinstance(module, Engram)]
-        hooks = [engram.register_forward_hook(lambda _, args, output: (args[0], output[1])) for engram in engrams]
-        try:
+        with silent(*self.engrams.values()):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 class HubSubject:
@@ -137,15 +160,28 @@ class HubSubject:
         """Whether memories are attached."""
         return bool(self.memories)
 
+    @property
+    def engrams(self) -> dict[tuple[str, int], nn.Module]:
+        """As of :class:`Subject`."""
+        memories = self.memories.items()
+        return {(name, int(layer)): engram for name, own in memories for layer, engram in own.engrams.items()}
+
+    def config(self, name: str) -> EngramConfig:
+        """As of :class:`Subject`."""
+        config: EngramConfig = self.memories[name].bank.config
+        return config
+
+    def log_probabilities(self, batch: Batch) -> Tensor:
+        """As of :class:`Subject`. Documents are kept apart as in :meth:`states`."""
+        there = batch.to(self.model.device)
+        return _of_targets(self.model(**_documents(there), use_cache=False).logits, there.targets)
+
     @torch.no_grad()
     def states(self, batch: Batch) -> Tensor:
         """As of :class:`Subject`. Documents are kept apart by their positions, which begin at 0 in each."""
         found: list[Tensor] = []
-        there = batch.to(self.model.device)
-        places = torch.arange(there.tokens.shape[1], device=self.model.device)
-        begins = (places * there.doc_start).cummax(1).values
         with _watched(self.blocks.all, lambda hidden: found.append(hidden.float().flatten(2))):
-            self.blocks.owner(input_ids=there.tokens, position_ids=places - begins, use_cache=False)
+            self.blocks.owner(**_documents(batch.to(self.model.device)), use_cache=False)
         return torch.stack(found)
 
     @torch.no_grad()
@@ -176,6 +212,36 @@ class HubSubject:
             self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.model.device), use_cache=False)
         hook.remove()
         return isinstance(results[0], tuple)
+
+
+def _documents(batch: Batch) -> dict[str, Tensor]:
+    """What a model of transformers is told of a batch."""
+    places = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+    begins = (places * batch.doc_start).cummax(1).values
+    return {"input_ids": batch.tokens, "position_ids": places - begins}
+
+
+def _of_targets(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities ``[B, T]`` out of logits ``[B, T, V]``."""
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    return -losses.view_as(targets)
+
+
+@contextmanager
+def silent(*engrams: nn.Module) -> Iterator[None]:
+    """Within, these modules hand their streams on as they are."""
+
+    def pass_on(_: nn.Module, args: tuple[Tensor, Tensor], output: Any) -> Any:
+        return args[0] if isinstance(output, Tensor) else (args[0], output[1])
+
+    hooks = [engram.register_forward_hook(pass_on) for engram in engrams]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

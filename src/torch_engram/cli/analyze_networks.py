@@ -1,16 +1,13 @@
-"""``engram analyze lens`` and ``engram analyze cka``: what a model's layers predict, and which are like which."""
+"""``engram analyze lens``, ``cka``, ``ablate`` and ``locate``: what layers predict, and what memories do for it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Model = Annotated[
     Path, typer.Argument(help="A run's folder, one of its checkpoints, or a folder of a transformers model.")
@@ -98,23 +95,98 @@ def _lines(path: Path) -> list[str]:
     return found
 
 
-def _print(columns: Mapping[str, Sequence[float]], below: str) -> None:
-    """A row a state."""
+def ablate(
+    checkpoint: Model,
+    text: Annotated[
+        list[str] | None, typer.Option("--text", metavar="FILE", help="A text to read; may be repeated.")
+    ] = None,
+    tokens: Tokens = 16384,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Switch a memory off at inference, as a whole and at one block at a time: what each text's loss then is.
+
+    For example: engram analyze ablate runs/tiny --text facts.txt --text code.txt
+    """
+    from dataclasses import asdict
+
+    from torch_engram.analysis.ablation import ablate as measure
+    from torch_engram.analysis.reading import read_text
+    from torch_engram.analysis.subject import open_subject
+    from torch_engram.train.build import require_device
+
+    require_device(device)
+    subject, found = open_subject(checkpoint, device), {}
+    for source in text or ["demo"]:
+        found[source] = measure(subject, [each.batch for each in read_text(source, subject.tokenizer, tokens)])
+    if as_json:
+        named = {source: asdict(one) | {"without_one": _by_name(one.without_one)} for source, one in found.items()}
+        typer.echo(json.dumps(named, ensure_ascii=False))
+        return
+    first = next(iter(found.values()))
+    head = ("text", "tokens", "nats", "without", *(f"without {name}" for name in _by_name(first.without_one)))
+    rows = [
+        (source, f"{one.tokens:,}", f"{one.whole:.4f}",
+         *(f"{loss:.4f} ({loss - one.whole:+.4f})" for loss in (one.without, *one.without_one.values())))
+        for source, one in found.items()
+    ]  # fmt: skip
+    _print_rows(head, rows, "Nats a token, and what is lost.")
+
+
+def _by_name(values: Mapping[tuple[str, int], float]) -> dict[str, float]:
+    """By memory and block, as people write them."""
+    return {f"{name} at {layer}": value for (name, layer), value in values.items()}
+
+
+def locate(
+    checkpoint: Model,
+    prompt: Annotated[str, typer.Option(help="What comes before, such as 'Paris is the capital of'.")],
+    answer: Annotated[str, typer.Option(help="What is to follow, with its space: ' France'.")],
+    top: Annotated[int, typer.Option(min=1, help="N-grams to show.")] = 12,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Find the n-grams whose rows make an answer likely: what it loses without each, and what its gradient says."""
+    from dataclasses import asdict
+
+    from torch_engram.analysis.locating import locate as find
+    from torch_engram.analysis.subject import open_subject
+    from torch_engram.train.build import require_device
+
+    require_device(device)
+    found = find(open_subject(checkpoint, device), prompt, answer)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), ensure_ascii=False))
+        return
+    rows = [
+        (repr(one.text), f"{one.memory} at {one.layer}", str(one.order), f"{one.lost:+.4f}", f"{one.attributed:+.4f}")
+        for one in found.carriers[:top]
+    ]
+    said = f"The answer has {found.log_probability:.3f} nats, and {found.without:.3f} without a memory."
+    if half := found.half():
+        said += f" {half} of {len(found.carriers)} n-grams lose half of what all lose one by one."
+    _print_rows(("n-gram", "memory", "order", "lost", "attributed"), rows, said)
+
+
+def _print_rows(head: Sequence[str], rows: Sequence[Sequence[str]], said: str) -> None:
     from rich.console import Console
+    from rich.table import Table
 
     from torch_engram.cli.tables import print_whole
 
-    console = Console(highlight=False)
-    print_whole(console, _table(columns))
-    console.print(below, soft_wrap=True)
+    console, shown = Console(highlight=False), Table(box=None, header_style="bold", pad_edge=False)
+    for place, name in enumerate(head):
+        shown.add_column(name, justify="right" if place else "left")
+    for row in rows:
+        shown.add_row(*row)
+    print_whole(console, shown)
+    console.print(f"\n{said}", soft_wrap=True, markup=False)
 
 
-def _table(columns: Mapping[str, Sequence[float]]) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("after blocks", *columns):
-        table.add_column(name, justify="right")
-    for blocks, cells in enumerate(zip(*columns.values(), strict=True)):
-        table.add_row(str(blocks), *(str(cell) if isinstance(cell, int) else f"{cell:.4f}" for cell in cells))
-    return table
+def _print(columns: Mapping[str, Sequence[float]], below: str) -> None:
+    """A row a state."""
+    rows = [
+        (str(blocks), *(str(cell) if isinstance(cell, int) else f"{cell:.4f}" for cell in cells))
+        for blocks, cells in enumerate(zip(*columns.values(), strict=True))
+    ]
+    _print_rows(("after blocks", *columns), rows, below)
