@@ -162,7 +162,7 @@ def locate(
         (repr(one.text), f"{one.memory} at {one.layer}", str(one.order), f"{one.lost:+.4f}", f"{one.attributed:+.4f}")
         for one in found.carriers[:top]
     ]
-    said = f"The answer has {found.log_probability:.3f} nats, and {found.without:.3f} without a memory."
+    said = f"The answer's log-probability is {found.log_probability:.3f}, and {found.without:.3f} without a memory."
     if half := found.half():
         said += f" {half} of {len(found.carriers)} n-grams lose half of what all lose one by one."
     _print_rows(("n-gram", "memory", "order", "lost", "attributed"), rows, said)
