@@ -15,7 +15,7 @@ import torch
 from torch_engram.data.facts import elements
 from torch_engram.studies.facts.other_text import Rehearsal, to_rehearse
 from torch_engram.studies.facts.prompts import Asked
-from torch_engram.studies.facts.scoring import _recall
+from torch_engram.studies.facts.scoring import recall
 from torch_engram.studies.facts.study import facts_of, full
 from torch_engram.studies.facts.teaching import Lessons, teach
 from torch_engram.studies.facts.ways import begin
@@ -56,7 +56,7 @@ def main() -> None:
 @torch.no_grad()
 def ask(model: torch.nn.Module, exam: Asked) -> float:
     """Per cent."""
-    return 100 * _recall(model.eval(), exam, exam.all())["symbol"]
+    return 100 * recall(model.eval(), exam, exam.all())["symbol"]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch_engram.studies.allocation import FROZEN, SCALES, STUDY, TABLES, WITHO
 from torch_engram.studies.controls import ONE_ROW, SHUFFLED, control
 from torch_engram.studies.grid import run_grid
 from torch_engram.studies.report import write_report
-from torch_engram.studies.training import TrainingRun, read_text, train_run
+from torch_engram.studies.training import TrainingRun, made_ready, train_run
 from torch_engram.train import Trainer, change
 
 pytest.importorskip("scipy")
@@ -45,7 +45,9 @@ def test_every_number_of_experts_stands_beside_its_controls() -> None:
 @pytest.fixture(scope="module")
 def runs(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> list[TrainingRun]:
     cache = str(tmp_path_factory.mktemp("cache"))
-    return read_text([replace(run, recipe=replace(run.recipe, cache=cache)) for run in STUDY.grid("tiny", 1)], corpus)
+    return made_ready(
+        [replace(run, recipe=replace(run.recipe, cache=cache)) for run in STUDY.grid("tiny", 1)], corpus, "cpu"
+    )
 
 
 @pytest.fixture
@@ -93,15 +95,16 @@ def test_there_is_no_other_control(trainer: Trainer) -> None:
 
 
 def test_the_study_from_its_runs_to_its_report(runs: list[TrainingRun], corpus: str, tmp_path: Path) -> None:
-    lines = run_grid(
-        runs, lambda run: train_run(run, corpus, "cpu"), tmp_path, study="allocation", scale="tiny", device="cpu"
-    )
+    lines = run_grid(runs, lambda run: train_run(run, corpus), tmp_path, study="allocation", scale="tiny", device="cpu")
     assert [line["result"]["steps"] for line in lines] == [12] * len(runs)
     report = STUDY.report(lines)
     write_report(report, tmp_path)
     (section,) = report.sections
     assert [row[0] for row in section.rows].count(TABLES) == 3 and len(section.rows) == 3 + 4 * 2
     assert len({row[1] for row in section.rows}) == 3  # controls stand where their tables do
+    assert section.head[-1] == "to tables" and all((row[-1] == "–") == (row[0] == TABLES) for row in section.rows)
+    early = [line for line in lines if line["run"]["label"] == SHUFFLED]
+    assert STUDY.report(early).sections[0].rows == []  # before their tables have a result
     shuffled = next(line for line in lines if line["run"]["label"] == SHUFFLED)
-    (again,) = train_run(runs[lines.index(shuffled)], corpus, "cpu")
+    (again,) = train_run(runs[lines.index(shuffled)], corpus)
     assert again["curve"] == shuffled["result"]["curve"]

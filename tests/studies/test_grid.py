@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,49 @@ def test_a_run_that_lost_a_result_has_not_ended(tmp_path):
         (3, 1),
         (3, 4),
     ]
+
+
+def test_a_run_that_ended_twice_counts_once(tmp_path):
+    run_grid(GRID, squares, tmp_path, **OF)
+    log = tmp_path / LOG_FILE
+    log.write_text(log.read_text() * 2)
+    assert results(run_grid(GRID, failing, tmp_path, **OF)) == WHOLE
+    assert results(run_grid([Squares(2), Squares(2)], squares, tmp_path / "same", **OF)) == 2 * [(2, 0), (2, 1)]
+
+
+def sleeping(run: Squares) -> Iterator[dict[str, Any]]:
+    (Path(os.environ["PIDS"]) / str(os.getpid())).touch()
+    time.sleep(60)
+    yield {"square": 0}
+
+
+def test_workers_end_with_a_grid_that_was_killed(tmp_path):
+    program = textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from pathlib import Path
+        from test_grid import OF, Squares, run_grid, sleeping
+        if __name__ == "__main__":
+            run_grid([Squares(1), Squares(2)], sleeping, Path({str(tmp_path)!r}), workers=2, **OF)
+    """)
+    (tmp_path / "grid.py").write_text(program)
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    parent = subprocess.Popen([sys.executable, tmp_path / "grid.py"], env={**os.environ, "PIDS": str(pids)})
+    try:
+        wait_until(lambda: len(list(pids.iterdir())) == 2)
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_until(lambda: not any(Path(f"/proc/{path.name}").exists() for path in pids.iterdir()))
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if reached():
+            return
+        time.sleep(0.1)
+    raise AssertionError("Not reached within a minute.")
 
 
 @pytest.mark.parametrize("text", ["my notes\n", '{"step": 1}\n', "[1]\n"])

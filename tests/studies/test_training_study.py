@@ -14,7 +14,8 @@ from torch_engram.studies import training
 from torch_engram.studies.grid import all_results, read_log, run_grid
 from torch_engram.studies.recipe import STUDY
 from torch_engram.studies.report import write_report
-from torch_engram.studies.training import TrainingRun, read_text, settings_of, train_run
+from torch_engram.studies.study import report_of
+from torch_engram.studies.training import TrainingRun, made_ready, settings_of, train_run
 from torch_engram.train import Trainer, change
 from torch_engram.train.evaluate import evaluate
 
@@ -26,11 +27,11 @@ TIMED = {"seconds", "tokens_per_second"}
 def runs(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> list[TrainingRun]:
     cache = str(tmp_path_factory.mktemp("cache"))
     tiny = [TrainingRun(run.label, replace(run.recipe, cache=cache)) for run in STUDY.grid("tiny")]
-    return read_text(tiny, corpus)
+    return made_ready(tiny, corpus, "cpu")
 
 
 def result(run: TrainingRun, corpus: str) -> dict[str, Any]:
-    (found,) = train_run(run, corpus, "cpu")
+    (found,) = train_run(run, corpus)
     return {name: value for name, value in found.items() if name not in TIMED}
 
 
@@ -45,7 +46,7 @@ def test_a_grid_that_stopped_equals_one_that_did_not(runs: list[TrainingRun], co
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
 
     def do(run: TrainingRun) -> Any:
-        return train_run(run, corpus, "cpu")
+        return train_run(run, corpus)
 
     def known(lines: list[dict[str, Any]]) -> list[Any]:
         return [{**line["result"], **dict.fromkeys(TIMED)} for line in lines]
@@ -87,13 +88,37 @@ def test_scores_are_of_the_whole_split_and_its_parts(runs: list[TrainingRun], co
 
 
 def test_a_run_that_goes_astray_is_a_result(runs: list[TrainingRun], corpus: str, tmp_path: Path) -> None:
-    wild = replace(runs[0], recipe=change(runs[0].recipe, ["rates.other=1e30", "rates.matrices=1e30", "clip=0"]))
+    wild = replace(
+        runs[0],
+        changed=("clip=0",),
+        recipe=change(runs[0].recipe, ["rates.other=1e30", "rates.matrices=1e30", "clip=0"]),
+    )
     lines = run_grid(
-        [runs[0], wild], lambda run: train_run(run, corpus, "cpu"), tmp_path, study="recipe", scale="tiny", device="cpu"
+        [runs[0], wild], lambda run: train_run(run, corpus), tmp_path, study="recipe", scale="tiny", device="cpu"
     )
     assert lines[1]["result"]["validation"] is None and lines[1]["result"]["steps"] < wild.recipe.steps
     write_report(STUDY.report(lines), tmp_path)
     assert "| astray | – |" in (tmp_path / "recipe.md").read_text()
+
+
+def test_a_last_step_that_leads_astray_is_one_too(
+    runs: list[TrainingRun], corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_scores", lambda trainer: {"validation": float("nan"), "seen_share": 0.5})
+    (found,) = train_run(runs[0], corpus)
+    assert found["steps"] == 12 and found["validation"] is None is found["train"] is found["seen_share"]
+
+
+def test_what_no_table_tells_apart_is_not_reported(runs: list[TrainingRun], corpus: str, tmp_path: Path) -> None:
+    lines = run_grid(runs[:1], lambda run: train_run(run, corpus), tmp_path, study="recipe", scale="tiny", device="cpu")
+    with pytest.raises(ValueError, match="have seed 0 and the same settings: report one grid"):
+        STUDY.report([*lines, *lines])
+    other = {**lines[0], "run": {**lines[0]["run"], "text": "another"}}
+    with pytest.raises(ValueError, match="This log holds runs on 2 texts, which no table tells apart"):
+        report_of("recipe")([*lines, other])
+    changed = {**lines[0], "run": {**lines[0]["run"], "changed": ["table.lr=1"]}}
+    (section,) = STUDY.report([changed]).sections
+    assert section.rows == () and "No run of the base has ended" in section.words[0]
 
 
 def test_a_batch_is_filled_up_with_what_does_not_count(runs: list[TrainingRun], corpus: str) -> None:

@@ -22,7 +22,7 @@ def seen_before(
     """Bool ``[len(held_out)]`` on the device: whether a token and the ``order - 1`` before it stand together in one of
     the windows of the first ``batches`` batches, its last target included.
 
-    N-grams are compared by hashes of 64 bits. Takes 8 bytes a trained token on the device.
+    N-grams are compared by hashes of 64 bits. Takes some 32 bytes a trained token on the device.
     """
     known = torch.cat([_hashes(chunk.to(device), order).flatten() for chunk in _windows(trained, batches)])
     known, _ = known.sort()

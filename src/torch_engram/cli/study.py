@@ -71,7 +71,7 @@ def trainings(
     from torch_engram.bench.results import require_writable
     from torch_engram.studies.grid import run_grid
     from torch_engram.studies.study import find_study
-    from torch_engram.studies.training import read_text, train_run
+    from torch_engram.studies.training import made_ready, train_run
     from torch_engram.train.build import require_device
 
     name, console = str(context.info_name), Console()
@@ -83,9 +83,9 @@ def trainings(
     require_writable(folder)
     _require("matplotlib")
     with console.status("Reading the text"):
-        runs = read_text(runs, data)
+        runs = made_ready(runs, data, device)
     console.print(f"{len(runs)} runs.")
-    do = partial(train_run if workers > 1 else _told, data=data, device=device)
+    do = partial(train_run if workers > 1 else _told, data=data)
     _write(name, run_grid(runs, do, folder, study=name, scale=scale, device=device, workers=workers), folder)
 
 
@@ -93,12 +93,12 @@ for _name, _words in STUDIES.items():
     study.command(_name, help=f"{_words} {' '.join((trainings.__doc__ or '').split())}")(trainings)
 
 
-def _told(run: TrainingRun, data: str, device: str) -> Iterator[dict[str, Any]]:
+def _told(run: TrainingRun, data: str) -> Iterator[dict[str, Any]]:
     """A run with its bar."""
     from torch_engram.studies.training import train_run
 
     with _bar(run.label, run.recipe.steps) as watch:
-        yield from train_run(run, data, device, watch)
+        yield from train_run(run, data, watch)
 
 
 def _require(*packages: str) -> None:

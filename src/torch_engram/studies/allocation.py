@@ -72,14 +72,14 @@ def runs(scale: str, seeds: int) -> list[TrainingRun]:
 
 
 def report(lines: Sequence[Line]) -> Report:
-    """The loss over the experts' share of what is sparse, its lowest point, and the controls."""
+    """The loss over the experts' share of what is sparse, its lowest point, and the controls where their tables are."""
     shares = {_experts_of(line): line["result"]["sizes"]["rho"] for line in lines if line["run"]["label"] == TABLES}
-    found = curves(lines, lambda line: shares[_experts_of(line)])
-    tables = next(curve for curve in found if curve.label == TABLES)
-    losses, words = tables.by_seed(), []
-    if len(losses) > 2 and len(tables.points) > 2:
+    found = curves([line for line in lines if _experts_of(line) in shares], lambda line: shares[_experts_of(line)])
+    tables = next((curve for curve in found if curve.label == TABLES), None)
+    losses, words = [] if tables is None else tables.by_seed(), []
+    if tables is not None and len(losses) > 2 and len(tables.points) > 2:
         words = [f"A parabola is lowest where experts have {lowest(sorted(tables.points), losses)} of what is sparse."]
-    section = curve_section("Allocation", found, "experts' share", tuple(words))
+    section = curve_section("Allocation", found, "experts' share", tuple(words), reference=tables)
     return Report("allocation", "Experts or tables", [section], [row_of(line) for line in lines], origins(lines))
 
 

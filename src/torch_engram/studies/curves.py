@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from torch_engram.analysis.page import nats
 from torch_engram.studies.grid import Line
-from torch_engram.studies.report import Draw, Section, spread
+from torch_engram.studies.report import ONE_GRID, Draw, Section, spread
 
 Result = Mapping[str, Any]
 
@@ -31,43 +32,61 @@ class Curve:
         seeds = set.intersection(*(set(self.points[x]) for x in xs))
         return [[self.losses(x)[seed] for x in xs] for seed in sorted(seeds)]
 
+    def beyond(self, reference: Curve, x: float) -> list[float]:
+        """What its seeds lose beyond the same ones of another curve at x."""
+        theirs = reference.losses(x) if x in reference.points else {}
+        return [loss - theirs[seed] for seed, loss in self.losses(x).items() if seed in theirs]
+
 
 def curves(lines: Sequence[Line], x: Callable[[Line], float]) -> list[Curve]:
-    """Of each label, in the log's order."""
+    """Of each label, in the log's order. Raises ``ValueError`` for two runs of one seed at one point."""
     found: dict[str, dict[float, dict[int, Result]]] = {}
     for line in lines:
         if line["result"]["validation"] is not None:
             point = found.setdefault(line["run"]["label"], {}).setdefault(x(line), {})
-            point[line["run"]["recipe"]["seed"]] = line["result"]
+            seed = line["run"]["recipe"]["seed"]
+            if seed in point:
+                raise ValueError(
+                    f"Two runs of {line['run']['label']!r} with seed {seed} stand at one point: {ONE_GRID}"
+                )
+            point[seed] = line["result"]
     return [Curve(label, points) for label, points in found.items()]
 
 
 def curve_section(
-    heading: str, found: Sequence[Curve], x_label: str, words: tuple[str, ...] = (), *, log: bool = False
+    heading: str,
+    found: Sequence[Curve],
+    x_label: str,
+    words: tuple[str, ...] = (),
+    *,
+    reference: Curve | None = None,
+    log: bool = False,
 ) -> Section:
-    """Their table and their figure, named as the heading is."""
+    """Their table and their figure, named as the heading is; against a ``reference``, seed by seed at the same x."""
     name = heading.lower().replace(" ", "-")
-    rows = [
-        (
-            curve.label,
-            f"{x:.3g}",
-            str(len(point)),
-            *(spread([one[score] for one in point.values()]) for score in _SCORES),
-        )
-        for curve in found
-        for x, point in sorted(curve.points.items())
-    ]
+    against = [f"to {reference.label}"] if reference is not None else []
+    rows = [_row(curve, x, reference) for curve in found for x in sorted(curve.points)]
     return Section(
-        heading, words, head=("", x_label, "runs", *_SCORES), rows=rows,
-        figure=name, draw=draw_curves(found, x_label, log), caption=CAPTION,
+        heading, words, head=("", x_label, "runs", *_SCORES, *against), rows=rows,
+        figure=name, draw=draw_curves(found, x_label, log) if found else None, caption=CAPTION,
     )  # fmt: skip
+
+
+def _row(curve: Curve, x: float, reference: Curve | None) -> tuple[str, ...]:
+    results = curve.points[x].values()
+    cells = (curve.label, f"{x:.3g}", str(len(results)))
+    scores = (spread([one[score] for one in results]) for score in _SCORES)
+    if reference is None:
+        return *cells, *scores
+    beyond = curve.beyond(reference, x) if curve is not reference else []
+    return *cells, *scores, nats(fmean(beyond), signed=True) if beyond else "–"
 
 
 _SCORES = "validation", "novel", "seen", "train"
 CAPTION = (
     "Nats a token of held-out text, of its tokens that end no 13-gram of the trained text (novel) and that do (seen), "
     "and of the last steps' own batches. Of several seeds the mean, and half of what lies between the least and the "
-    "most; bars are these ends."
+    "most; bars are these ends. What is beyond another curve is taken from the same seeds."
 )
 
 

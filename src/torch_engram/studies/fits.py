@@ -9,8 +9,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Numbers = NDArray[np.float64]
-DRAWS = 2000
-"""Of a bootstrap."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,9 @@ def straight(x: ArrayLike, y: ArrayLike) -> Line:
 
 
 def power(x: ArrayLike, y: ArrayLike) -> Power | None:
-    """A power law of positive ``x`` through four points or more; intervals by the fit's covariance, which is that of a
-    straight line near the optimum. None where no law of that kind is found."""
+    """A power law of positive ``x`` through five points or more, which falls to a floor; intervals by the fit's
+    covariance, which is that of a straight line near the optimum. None where the points show no such law: where it does
+    not fall, or where an exponent of 0, a straight line over the logarithm of ``x``, would do as well."""
     from scipy import optimize, stats
 
     x_, y_ = np.asarray(x, np.float64), np.asarray(y, np.float64)
@@ -87,20 +86,19 @@ def power(x: ArrayLike, y: ArrayLike) -> Power | None:
     except RuntimeError:
         return None
     half = float(stats.t.ppf(0.975, len(x_) - 3) * covariance[2, 2] ** 0.5)
+    if factor <= 0 or not half < exponent:
+        return None
     left = ((y_ - law(x_, floor, factor, exponent)) ** 2).sum() / ((y_ - y_.mean()) ** 2).sum()
     return Power(
         float(floor), Estimate(float(exponent), float(exponent) - half, float(exponent) + half), float(1 - left)
     )
 
 
-def lowest(x: ArrayLike, y: ArrayLike, seed: int = 0) -> Estimate:
-    """Where the parabola through ``y [seeds, points]`` is lowest within the points ``x``; the interval by drawing seeds
-    with replacement, which wants three seeds or more to mean something."""
-    x_, y_ = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    draws = np.random.default_rng(seed).integers(len(y_), size=(DRAWS, len(y_)))
-    drawn = [_lowest(x_, y_[draw].mean(0)) for draw in draws]
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Estimate(_lowest(x_, y_.mean(0)), float(low), float(high))
+def lowest(x: ArrayLike, y: ArrayLike) -> Estimate:
+    """Where a parabola through ``y [seeds, points]`` is lowest within the points ``x``: the mean of every seed's own
+    lowest point, by Student's t."""
+    x_ = np.asarray(x, np.float64)
+    return mean([_lowest(x_, each) for each in np.asarray(y, np.float64)])
 
 
 def _lowest(x: Numbers, y: Numbers) -> float:

@@ -11,6 +11,8 @@ import gc
 import json
 import multiprocessing
 import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -24,6 +26,7 @@ from torch_engram.analysis.origin import ORIGIN, origin, revision
 from torch_engram.durable import alone_in, replacing
 
 LOG_FILE = "runs.jsonl"
+_WATCH_SECONDS = 1
 Line = dict[str, Any]
 """``run``, its fields; ``result``, and where it comes from; or, after the last of them, ``ended``, their number."""
 Do = Callable[[Any], Iterable[dict[str, Any]]]
@@ -49,7 +52,7 @@ def run_grid(
         known = _ended(read_log(out))
         _require_same(known, study, scale, out)
         _rewrite(out, known.values())  # of runs that had not ended, nothing is kept
-        missing = [run for run in runs if _key(_plain(run)) not in known]
+        missing = list({key: run for run in runs if (key := _key(_plain(run))) not in known}.values())
         where = {"study": study, "scale": scale, **dict(zip(ORIGIN, origin(device), strict=True)), "code": revision()}
         one = _LoggedRun(do, out / LOG_FILE, where)
         failed = _run_here(missing, one) if workers == 1 else _run_beside(missing, one, workers)
@@ -135,7 +138,8 @@ def _run_here(runs: Sequence[Any], one: _LoggedRun) -> list[Exception]:
 
 def _run_beside(runs: Sequence[Any], one: _LoggedRun, workers: int) -> list[Exception]:
     """In processes of their own, which a GPU's contexts want to be spawned; returns what went wrong."""
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=_end_with, initargs=(os.getpid(),)) as pool:
         begun = [pool.submit(one, run) for run in runs]
         try:
             errors = [future.exception() for future in begun]
@@ -145,12 +149,31 @@ def _run_beside(runs: Sequence[Any], one: _LoggedRun, workers: int) -> list[Exce
     return [error for error in errors if isinstance(error, Exception)]
 
 
+def _end_with(parent: int) -> None:
+    """Let this process end soon after its parent, so that a killed grid's runs do not go on beside the next grid's."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _ended(lines: Sequence[Line]) -> dict[str, list[Line]]:
-    """Lines of the runs that came to their end with all their results, by run."""
+    """Lines of the runs that came to their end with all their results, by run. Of one that ended twice, as where a
+    killed grid's process went on beside the next grid, the first."""
+    waiting: dict[str, list[Line]] = {}
     found: dict[str, list[Line]] = {}
     for line in lines:
-        found.setdefault(_key(line["run"]), []).append(line)
-    return {key: lines for key, lines in found.items() if lines[-1].get("ended") == len(lines) - 1}
+        key = _key(line["run"])
+        if "ended" not in line:
+            waiting.setdefault(key, []).append(line)
+            continue
+        held, count = waiting.pop(key, []), line["ended"]
+        if len(held) >= count and key not in found:
+            found[key] = [*held[len(held) - count :], line]
+    return found
 
 
 def _require_same(known: Mapping[str, Sequence[Line]], study: str, scale: str, out: Path) -> None:
@@ -176,4 +199,4 @@ def _key(run: dict[str, Any]) -> str:
 
 
 def _text(line: Line) -> str:
-    return json.dumps(line) + "\n"
+    return json.dumps(line, allow_nan=False) + "\n"

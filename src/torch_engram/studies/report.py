@@ -70,8 +70,12 @@ def origins(lines: Sequence[Line]) -> list[str]:
     return list(dict.fromkeys("; ".join(line[part] for part in parts) for line in lines))
 
 
+ONE_GRID = "report one grid by its own command, or move the other runs to another folder."
+"""The mend for a log of more."""
+
+
 def spread(values: Sequence[float | None], digits: int = 3) -> str:
-    """The mean, and of several half of what lies between the least and the most; a dash where there is none."""
+    """The mean, and of several half of what lies between the least and the most; a dash where one is missing."""
     found = [value for value in values if value is not None]
     if len(found) < len(values):
         return "–"

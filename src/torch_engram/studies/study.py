@@ -12,7 +12,7 @@ from pathlib import Path
 from torch_engram.config import nearest
 from torch_engram.studies import STUDIES
 from torch_engram.studies.grid import Line
-from torch_engram.studies.report import Report
+from torch_engram.studies.report import ONE_GRID, Report
 from torch_engram.studies.training import TrainingRun
 
 
@@ -57,4 +57,12 @@ def report_of(name: str) -> Callable[[Sequence[Line]], Report]:
         from torch_engram.studies.facts.report import report
 
         return report
-    return find_study(name).report
+    study = find_study(name)
+
+    def of_one_text(lines: Sequence[Line]) -> Report:
+        texts = {line["run"]["text"] for line in lines}
+        if len(texts) > 1:
+            raise ValueError(f"This log holds runs on {len(texts)} texts, which no table tells apart: {ONE_GRID}")
+        return study.report(lines)
+
+    return of_one_text

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch_engram.analysis.page import nats
 from torch_engram.studies.grid import Line
-from torch_engram.studies.report import Draw, Section, spread
+from torch_engram.studies.report import ONE_GRID, Draw, Section, spread
 from torch_engram.studies.training import settings_of
 from torch_engram.train import Recipe
 
@@ -53,25 +53,29 @@ class Variant:
 
 
 def variants(lines: Sequence[Line]) -> list[Variant]:
-    """Lines of one model, seeds together. Raises ``ValueError`` where its base has not ended."""
-    found: dict[tuple[str, ...], list[Line]] = {}
-    for line in sorted(lines, key=lambda line: bool(line["run"]["changed"])):  # the base first
-        found.setdefault(tuple(line["run"]["changed"]), []).append(line)
-    if () not in found:
-        raise ValueError(f"No run of the base of {lines[0]['run']['label']} has ended: run the study again, to go on.")
-    return [
-        Variant(
-            settings_of(Recipe.from_dict(same[0]["run"]["recipe"])),
-            [setting.partition("=")[0] for setting in changed],
-            [{**line["result"], "device": line["device"], "seed": line["run"]["recipe"]["seed"]} for line in same],
-        )
-        for changed, same in found.items()
-    ]
+    """Lines of one model, seeds together, the base first, if any run of it has ended. Raises ``ValueError`` for two
+    runs of one seed that differ in what no table tells."""
+    found: dict[tuple[str, ...], dict[int, Line]] = {}
+    for line in sorted(lines, key=lambda line: bool(line["run"]["changed"])):
+        same = found.setdefault(tuple(line["run"]["changed"]), {})
+        seed = line["run"]["recipe"]["seed"]
+        if seed in same:
+            raise ValueError(f"Two runs of {line['run']['label']!r} have seed {seed} and the same settings: {ONE_GRID}")
+        same[seed] = line
+    return [_variant(changed, same) for changed, same in found.items()]
+
+
+def _variant(changed: Sequence[str], same: Mapping[int, Line]) -> Variant:
+    settings = settings_of(Recipe.from_dict(next(iter(same.values()))["run"]["recipe"]))
+    results = [{**line["result"], "device": line["device"], "seed": seed} for seed, line in same.items()]
+    return Variant(settings, [setting.partition("=")[0] for setting in changed], results)
 
 
 def sweep_section(lines: Sequence[Line]) -> Section:
     """The table and the figure of one model's lines. Raises ``ValueError`` as :func:`variants` does."""
     label, found = lines[0]["run"]["label"], variants(lines)
+    if found[0].changed or not found[0].losses:
+        return Section(label, ("No run of the base has ended well yet, and what is changed is compared with it.",))
     return Section(
         label, head=HEAD, rows=[cells(one, found[0]) for one in found],
         figure="sweep-" + re.sub(r"\W+", "-", label.lower()), draw=draw_sweeps(found), caption=CAPTION,
@@ -129,11 +133,12 @@ def draw_sweeps(found: Sequence[Variant]) -> Draw:
 
 
 def _draw_setting(axis: Any, name: str, points: Sequence[Variant]) -> None:
-    """Over the values of one setting, of the seeds that all of its points have."""
-    seeds = set.intersection(*(set(one.losses) for one in points))
+    """Over the values of one setting; the base of the seeds that its variants have."""
+    base, *others = points
+    seeds = {seed for one in others for seed in one.losses} & set(base.losses) or set(base.losses)
     points = sorted(points, key=lambda one: float(one.settings[name]))
     values = [one.settings[name] for one in points]
-    losses = [[one.losses[seed] for seed in seeds] for one in points]
+    losses = [[loss for seed, loss in one.losses.items() if one is not base or seed in seeds] for one in points]
     middle = [fmean(each) for each in losses]
     low, high = ([abs(edge(each) - m) for m, each in zip(middle, losses, strict=True)] for edge in (min, max))
     axis.errorbar(values, middle, [low, high], marker="o", markersize=3, capsize=2)
@@ -147,7 +152,11 @@ def row_of(line: Line) -> dict[str, Any]:
     recipe, result = Recipe.from_dict(line["run"]["recipe"]), {**line["result"], "device": line["device"]}
     scores = {name: value for name, value in result.items() if name not in ("curve", "sizes", "device")}
     settings = {name: _said(value) for name, value in settings_of(recipe).items()}
-    return {"label": line["run"]["label"], **scores, **result["sizes"], "utilisation": utilisation(result),
+    counted: dict[str, Any] = {**result["sizes"], "utilisation": utilisation(result)}
+    if line["run"]["way"]:  # whose size and work the accounting of Engrams does not know
+        counted = {**dict.fromkeys(counted), "tables": counted["tables"]}
+        scores["flops"] = None
+    return {"label": line["run"]["label"], **scores, **counted,
             **settings, "device": line["device"], "code": line["code"], "date": line["date"]}  # fmt: skip
 
 

@@ -39,7 +39,7 @@ class TrainingRun:
     label: str
     """Which of the study's models it trains, for people."""
     recipe: Recipe
-    """Where it reads and writes, its device and how it is compiled are set by :func:`train_run`."""
+    """Where it reads and writes is set by :func:`train_run`."""
     changed: tuple[str, ...] = ()
     """Settings in which it differs from the label's base, as ``name=value``; the seed is not among them."""
     control: str = ""
@@ -50,12 +50,19 @@ class TrainingRun:
     """Digest of the text, which decides the results too."""
 
 
-def read_text(runs: Sequence[TrainingRun], data: str) -> list[TrainingRun]:
-    """The runs on the text ``data``, which is tokenised here once, before several processes want it.
+def made_ready(runs: Sequence[TrainingRun], data: str, device: str) -> list[TrainingRun]:
+    """The runs for a device and the text ``data``, which is tokenised here once, before several processes want it. On a
+    CPU nothing is compiled and all is fp32.
 
     Raises ``ValueError`` for a text that cannot be read.
     """
-    return [replace(run, text=_text(replace(run.recipe, data=data)).files.train.digest) for run in runs]
+    ready = []
+    for run in runs:
+        recipe = replace(run.recipe, device=device)
+        if device == "cpu":
+            recipe = replace(recipe, dtype="fp32", compile=False, capture=False)
+        ready.append(replace(run, recipe=recipe, text=_text(replace(recipe, data=data)).files.train.digest))
+    return ready
 
 
 def _text(recipe: Recipe) -> Text:
@@ -69,7 +76,7 @@ def _text(recipe: Recipe) -> Text:
 _TEXTS: dict[tuple[object, ...], Text] = {}
 
 
-def train_run(run: TrainingRun, data: str, device: str, watch: Watch = lambda step, loss: None) -> Iterator[Any]:
+def train_run(run: TrainingRun, data: str, watch: Watch = lambda step, loss: None) -> Iterator[Any]:
     """Train on the text ``data`` and yield the one result.
 
     ``validation`` and, of tokens that end a 13-gram of the trained text or do not, ``seen`` and ``novel``: nats a token
@@ -80,19 +87,20 @@ def train_run(run: TrainingRun, data: str, device: str, watch: Watch = lambda st
     """
     begun = time.perf_counter()
     with TemporaryDirectory() as folder:  # nothing is written there
-        recipe = replace(placed(run.recipe, device), data=data, out=folder)
+        recipe = replace(run.recipe, data=data, out=folder)
         trainer = Trainer(recipe, text=_text(recipe), decoder=partial(build_way, run.way) if run.way else None)
         if run.control:
             control(trainer, run.control)
         with deterministic_kernels(recipe.deterministic):
             losses, speed = _train(trainer, watch)
-        curve = [[step, round(fmean(part), 5)] for step, part in _parts(losses)]
-        finite = len(losses) == recipe.steps
+        scores = _scores(trainer) if len(losses) == recipe.steps else {}
+        if not math.isfinite(scores.get("validation") or math.nan):  # also where the last step led astray
+            scores = dict.fromkeys(("validation", "seen", "novel", "seen_share"))
         account = trainer.account
         yield {
-            "train": fmean(losses[-LAST:]) if finite else None,
-            **(_scores(trainer) if finite else dict.fromkeys(("validation", "seen", "novel", "seen_share"))),
-            "curve": curve,
+            "train": fmean(losses[-LAST:]) if scores["validation"] is not None else None,
+            **scores,
+            "curve": [[step, round(fmean(part), 5)] for step, part in _parts(losses)],
             "steps": len(losses),
             "tokens": trainer.tokens_per_step * len(losses),
             "tokens_per_second": speed,
@@ -102,13 +110,6 @@ def train_run(run: TrainingRun, data: str, device: str, watch: Watch = lambda st
             "sizes": {name: getattr(account, name) for name in ("total", "active", "tables", "embedding", "rho")},
             "seconds": time.perf_counter() - begun,
         }
-
-
-def placed(recipe: Recipe, device: str) -> Recipe:
-    """The recipe for a device: on a CPU as it is read, nothing is compiled and all is fp32."""
-    if device == "cpu":
-        return replace(recipe, device=device, dtype="fp32", compile=False, capture=False)
-    return replace(recipe, device=device)
 
 
 def _train(trainer: Trainer, watch: Watch) -> tuple[list[float], float]:

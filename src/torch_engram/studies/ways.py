@@ -6,12 +6,14 @@ hidden, E embedding width, which is that of all orders and heads side by side.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch_engram.addressing import layouts
 from torch_engram.config import EngramConfig, nearest
 from torch_engram.models import Decoder, DecoderConfig
 from torch_engram.models.block import Block
@@ -53,7 +55,7 @@ class Addition(_Way):
 
 class OverEncoding(_Way):
     """``(h + sum over orders of W_n e_n) / N`` at the entry of block 0, where h is the token's own embedding: the mean
-    of the embeddings of orders 1 to N (Over-Tokenized Transformer, arXiv 2501.16975)."""
+    of the embeddings of orders 1 to N, after the Over-Tokenized Transformer (arXiv 2501.16975)."""
 
     def __init__(self, config: EngramConfig):
         super().__init__(config)
@@ -68,8 +70,10 @@ class OverEncoding(_Way):
 
 
 class PerLayer(_Way):
-    """``h + RMSNorm(W_out (gelu(W_down h) * e))``: a layer's own embeddings, as Gemma 3n adds those of tokens. Raises
-    ``ValueError`` for rows that begin at zero, where the norm's gradient is some thousandfold."""
+    """``h + RMSNorm(W_out (gelu(W_down h) * e))``: a layer's own embeddings, in the form of Gemma 3n's of tokens. Those
+    are added at a block's end and have a projection of the token's embedding beside them; here they stand where Engrams
+    do, at its entry, and alone. Raises ``ValueError`` for rows that begin at zero, where the norm's gradient is some
+    thousandfold."""
 
     def __init__(self, config: EngramConfig):
         super().__init__(config)
@@ -99,6 +103,15 @@ def build_way(way: str, recipe: Recipe, config: DecoderConfig) -> Decoder:
         for name, engram in config.engrams_at(layer).items():
             block.engrams[name] = WAYS[way](engram).to(recipe.device)
     return decoder
+
+
+def with_rows(engram: EngramConfig, rows: int) -> EngramConfig:
+    """With so many rows in all its tables, as nearly as may be: heads have primes of their own, near what is asked."""
+    asked = rows / sum(engram.per_order("heads")) / len(engram.layers)
+    for _ in range(4):
+        engram = replace(engram, rows_per_head=max(2, round(asked)))
+        asked *= rows / sum(layout.rows for layout in layouts(engram).values())
+    return engram
 
 
 def _linear(width: int, hidden: int) -> nn.Linear:

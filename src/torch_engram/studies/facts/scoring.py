@@ -64,9 +64,9 @@ class Exam:
         training = model.training
         model.eval()
         score = Score(
-            _recall(model, self._trained, self._trained.all(self._most)),
-            _recall(model, self._held_out, self._held_out.all()),
-            _recall(model, self._known, self._known.all()),
+            recall(model, self._trained, self._trained.all(self._most)),
+            recall(model, self._held_out, self._held_out.all()),
+            recall(model, self._known, self._known.all()),
             {name: _nats(model, pieces) for name, pieces in self._other.items()},
         )
         model.train(training)
@@ -80,7 +80,8 @@ def answer_logits(model: nn.Module, prompts: Prompts) -> tuple[Tensor, Tensor, T
     return output_of(model)(hidden[:, :-1][at]), labels[at], at
 
 
-def _recall(model: nn.Module, asked: Asked, which: Sequence[Asking]) -> dict[str, float]:
+def recall(model: nn.Module, asked: Asked, which: Sequence[Asking]) -> dict[str, float]:
+    """By relation, the share of questions that a model answers; in eval mode, without gradients."""
     device = output_of(model).weight.device
     right: Counter[str] = Counter()
     for first in range(0, len(which), _BATCH):
