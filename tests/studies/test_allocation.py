@@ -96,7 +96,7 @@ def test_there_is_no_other_control(trainer: Trainer) -> None:
 
 def test_the_study_from_its_runs_to_its_report(runs: list[TrainingRun], corpus: str, tmp_path: Path) -> None:
     lines = run_grid(runs, lambda run: train_run(run, corpus), tmp_path, study="allocation", scale="tiny", device="cpu")
-    assert [line["result"]["steps"] for line in lines] == [12] * len(runs)
+    assert [line["result"]["steps"] for line in lines] == [6] * len(runs)
     report = STUDY.report(lines)
     write_report(report, tmp_path)
     (section,) = report.sections

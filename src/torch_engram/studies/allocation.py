@@ -26,7 +26,7 @@ SMALL = ("small-engram", (*SECOND, *MEMORY), 56, (50, 43, 36, 29, 22, 14))
 _HALF = ("hidden=384", "layers=6", "heads=6", "moe.expert_hidden=288", "moe.shared_hidden=288")
 HALF = (SMALL[0], (*SMALL[1], *(f"model.{each}" for each in _HALF)), *SMALL[2:])
 """Two fifths of the active parameters."""
-_SHORT = ("steps=12", "warmup=2", "seq_len=32", "batch_size=4", "model.vocab_size=600", "validation_share=0.1",
+_SHORT = ("steps=6", "warmup=1", "seq_len=32", "batch_size=4", "model.vocab_size=600", "validation_share=0.1",
           "model.hidden=32", "model.layers=5", "model.heads=2", "model.moe.expert_hidden=16",
           "model.moe.shared_hidden=32", "model.engrams.engram.row_dim=4")  # fmt: skip
 SCALES = {"small": SMALL, "half": HALF, "tiny": ("small-engram", _SHORT, 8, (6, 4))}

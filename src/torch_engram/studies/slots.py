@@ -27,7 +27,7 @@ SWEPT, RATES = 440_000, (2e-3, 6e-3, 2e-2, 6e-2)
 BEST = {"Engram": 6e-3, "addition": 6e-3, "over-encoding": 6e-3, "per-layer": 6e-3}
 """Where the sweeps begin; the best of :data:`RATES` at :data:`SWEPT` rows are to stand here, and have not been run."""
 _LAYERS = {"Engram": (1, 4), "addition": (1, 4), "over-encoding": (0,), "per-layer": (0, 1, 2, 3, 4, 5, 6, 7)}
-_SHORT = ("steps=12", "warmup=2", "seq_len=32", "batch_size=4", "model.vocab_size=600", "validation_share=0.1",
+_SHORT = ("steps=4", "warmup=1", "seq_len=32", "batch_size=4", "model.vocab_size=600", "validation_share=0.1",
           "model.hidden=32", "model.heads=2", "model.moe.expert_hidden=16", "model.moe.shared_hidden=32",
           "model.moe.experts=4", "model.engrams.engram.row_dim=4")  # fmt: skip
 SCALES = {"small": (ROWS, SWEPT, RATES, ()), "tiny": ((400, 1_200, 4_000), 1_200, (6e-3, 2e-2), _SHORT)}
