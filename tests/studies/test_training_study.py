@@ -121,6 +121,18 @@ def test_what_no_table_tells_apart_is_not_reported(runs: list[TrainingRun], corp
     assert section.rows == () and "No run of the base has ended" in section.words[0]
 
 
+def test_a_text_of_which_nothing_can_be_held_out_is_refused_before_anything_is_trained(
+    runs: list[TrainingRun], tmp_path: Path
+) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("one document of a king and his horse, and no other. " * 30)
+    with (
+        pytest.warns(UserWarning, match="is one document"),
+        pytest.raises(ValueError, match="of 32 tokens is held out"),
+    ):
+        made_ready(runs[:1], str(text), "cpu")
+
+
 def test_a_batch_is_filled_up_with_what_does_not_count(runs: list[TrainingRun], corpus: str) -> None:
     text = training._text(replace(runs[0].recipe, data=corpus))
     last = list(PackedBatches(text.files.train, 3, 32).in_order())[-1]

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from torch_engram.config import EngramConfig
 from torch_engram.data import IGNORE_INDEX, Batch, load_tokenizer
@@ -236,7 +237,13 @@ def silent(*engrams: nn.Module) -> Iterator[None]:
     def pass_on(_: nn.Module, args: tuple[Tensor, Tensor], output: Any) -> Any:
         return args[0] if isinstance(output, Tensor) else (args[0], output[1])
 
-    hooks = [engram.register_forward_hook(pass_on) for engram in engrams]
+    with _held(*(engram.register_forward_hook(pass_on) for engram in engrams)):
+        yield
+
+
+@contextmanager
+def _held(*hooks: RemovableHandle) -> Iterator[None]:
+    """Within, hooks are on."""
     try:
         yield
     finally:
@@ -254,13 +261,9 @@ def _watched(blocks: nn.ModuleList, see: Callable[[Tensor], None]) -> Iterator[N
     def leaves(_: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         see(result if isinstance(result, Tensor) else result[0])
 
-    hooks = [blocks[0].register_forward_pre_hook(enters, with_kwargs=True, prepend=True)]
-    hooks += [block.register_forward_hook(leaves) for block in blocks]
-    try:
+    first = blocks[0].register_forward_pre_hook(enters, with_kwargs=True, prepend=True)
+    with _held(first, *(block.register_forward_hook(leaves) for block in blocks)):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

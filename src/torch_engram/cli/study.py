@@ -44,14 +44,14 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A study's
     from torch_engram.studies.grid import all_results
 
     lines = all_results(folder)
-    _require("matplotlib")
     _write(str(lines[0]["study"]), lines, folder)
 
 
 def _write(name: str, lines: Sequence[Line], folder: Path) -> None:
     from torch_engram.studies.report import write_report
-    from torch_engram.studies.study import report_of
+    from torch_engram.studies.study import packages_of, report_of
 
+    _require(*packages_of(name))
     write_report(report_of(name)(lines), folder)
     typer.echo(f"Log, tables and figures are in {folder}.")
 
@@ -81,7 +81,7 @@ def trainings(
     folder = Path("runs") / f"{Path(name).stem}-{scale}" if out is None else out
     require_device(device)
     require_writable(folder)
-    _require("matplotlib")
+    _require(*found.packages)
     with console.status("Reading the text"):
         runs = made_ready(runs, data, device)
     console.print(f"{len(runs)} runs.")

@@ -88,4 +88,4 @@ def _experts_of(line: Line) -> int:
     return experts
 
 
-STUDY = Study(("small", "half", "tiny"), runs, report, seeds=3)
+STUDY = Study(("small", "half", "tiny"), runs, report, seeds=3, packages=("matplotlib", "scipy"))

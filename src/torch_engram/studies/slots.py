@@ -95,4 +95,4 @@ def _losses(lines: Sequence[Line], label: str) -> list[float]:
     return [loss for loss in found if loss is not None]
 
 
-STUDY = Study(("small", "tiny"), runs, report)
+STUDY = Study(("small", "tiny"), runs, report, packages=("matplotlib", "scipy"))

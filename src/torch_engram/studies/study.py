@@ -28,6 +28,8 @@ class Study:
     """What the results of a log say, of whichever of its runs have ended."""
     seeds: int = 1
     """How many, unless somebody asks for others."""
+    packages: tuple[str, ...] = ("matplotlib",)
+    """What its report needs, looked for before anything is run."""
 
     def grid(self, scale: str, seeds: int | None = None) -> list[TrainingRun]:
         """Its runs, with as many seeds as it needs for None. Raises ``ValueError`` for a scale that there is not."""
@@ -49,6 +51,11 @@ def find_study(name: str) -> Study:
         raise ValueError(f"There is no study {name!r}: {nearest(name, STUDIES)}")
     study: Study = importlib.import_module(f"torch_engram.studies.{name}").STUDY
     return study
+
+
+def packages_of(name: str) -> tuple[str, ...]:
+    """What the report of a study needs."""
+    return ("matplotlib",) if name == "facts" else find_study(name).packages
 
 
 def report_of(name: str) -> Callable[[Sequence[Line]], Report]:

@@ -54,14 +54,20 @@ def made_ready(runs: Sequence[TrainingRun], data: str, device: str) -> list[Trai
     """The runs for a device and the text ``data``, which is tokenised here once, before several processes want it. On a
     CPU nothing is compiled and all is fp32.
 
-    Raises ``ValueError`` for a text that cannot be read.
+    Raises ``ValueError`` for a text that cannot be read, or too short to hold some of it out.
     """
     ready = []
     for run in runs:
         recipe = replace(run.recipe, device=device)
         if device == "cpu":
             recipe = replace(recipe, dtype="fp32", compile=False, capture=False)
-        ready.append(replace(run, recipe=recipe, text=_text(replace(recipe, data=data)).files.train.digest))
+        files = _text(replace(recipe, data=data)).files
+        if files.validation is None or len(files.validation) <= recipe.seq_len:
+            raise ValueError(
+                f"Of {data!r} less than one sequence of {recipe.seq_len} tokens is held out, and studies score that: "
+                "give a longer text, of more documents."
+            )
+        ready.append(replace(run, recipe=recipe, text=files.train.digest))
     return ready
 
 
@@ -86,7 +92,7 @@ def train_run(run: TrainingRun, data: str, watch: Watch = lambda step, loss: Non
     ``parameters`` of the network, by counting; ``expert_peak_load``; seconds.
     """
     begun = time.perf_counter()
-    with TemporaryDirectory() as folder:  # nothing is written there
+    with TemporaryDirectory() as folder:  # no checkpoint is saved
         recipe = replace(run.recipe, data=data, out=folder)
         trainer = Trainer(recipe, text=_text(recipe), decoder=partial(build_way, run.way) if run.way else None)
         if run.control:
@@ -143,7 +149,7 @@ def _parts(losses: list[float]) -> Iterator[tuple[int, list[float]]]:
 def _scores(trainer: Trainer) -> dict[str, float | None]:
     """On the held-out split, whole and apart."""
     recipe, file = trainer.recipe, trainer.validation_file()
-    assert file is not None, "a study's text holds some documents out"
+    assert file is not None, "made_ready() lets no other text through"
     device, size = recipe.device, recipe.batch_size * recipe.seq_len
     seen = seen_before(file, trainer.data, recipe.steps * recipe.accumulation, device=device)
     targets_seen = F.pad(seen[1:], (0, size))

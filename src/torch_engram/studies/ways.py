@@ -6,6 +6,7 @@ hidden, E embedding width, which is that of all orders and heads side by side.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any
 
@@ -22,8 +23,8 @@ from torch_engram.train import Recipe
 from torch_engram.train.build import build_decoder
 
 
-class _Way(nn.Module):
-    """Adds to the streams what :meth:`added` makes of hidden states and embeddings."""
+class _Way(nn.Module, ABC):
+    """Streams become what :meth:`mixed` makes of them and of embeddings."""
 
     def __init__(self, config: EngramConfig):
         super().__init__()
@@ -39,9 +40,9 @@ class _Way(nn.Module):
         mixed = self.mixed(streams.float(), embeddings).to(streams.dtype)
         return mixed, torch.ones(streams.shape[:3], device=streams.device)
 
+    @abstractmethod
     def mixed(self, streams: Tensor, embeddings: Tensor) -> Tensor:
         """Streams with the memory, fp32."""
-        raise NotImplementedError
 
 
 class Addition(_Way):
